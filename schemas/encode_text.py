@@ -1,0 +1,14 @@
+"""`[encode_text]`: how text embeddings are computed and stored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from schemas.base import Strict
+
+
+class EncodeText(Strict):
+    """`dtype` is the stored type of the embeddings."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["none"] = "none"

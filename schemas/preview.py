@@ -1,0 +1,22 @@
+"""`[preview]`: the pictures drawn from a saved LoRA."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from schemas.base import Strict
+
+Prompt = Annotated[str, Meta(min_length=1, max_length=65536)]
+
+
+class Preview(Strict):
+    """`steps` and `guidance` default by the model's variant when absent."""
+
+    prompts: Annotated[tuple[Prompt, ...], Meta(max_length=64)] = ()
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
+    size: Annotated[int, Meta(ge=32, le=2048, multiple_of=16)] = 512
+    steps: Annotated[int, Meta(ge=1, le=200)] | None = None
+    guidance: Annotated[float, Meta(ge=0.0, le=30.0)] | None = None
+    during_training: bool = True

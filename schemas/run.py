@@ -1,0 +1,54 @@
+"""The run's own tables `[run]` and `[model]`, and the whole configuration file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from schemas.base import Strict
+from schemas.encode_latents import EncodeLatents
+from schemas.encode_text import EncodeText
+from schemas.preview import Preview
+from schemas.train import Train
+from schemas.validate import Validate
+from schemas.verify import Verify
+
+RUN_NAME = r"^[a-z0-9][a-z0-9-]*$"
+
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
+
+
+class Run(Strict):
+    """`[run]`: the name of the result folder and the seed all draws derive from."""
+
+    name: Annotated[str, Meta(pattern=RUN_NAME, max_length=64)] | None = None
+    seed: Seed = 42
+
+
+class Model(Strict):
+    """`[model]`: where the weights come from. A path is relative to the configuration file."""
+
+    source: str = "flux2-micro"
+    variant: Literal[
+        "auto", "klein-base-4b", "klein-4b", "klein-base-9b", "klein-9b", "dev", "flux2-micro"
+    ] = "auto"
+    transformer: str | None = None
+    autoencoder: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+    quantize: Literal["none"] = "none"
+    allow_distilled: bool = False
+
+
+class Config(Strict):
+    """A pipeline's TOML file: one table per stage, all with defaults except the dataset."""
+
+    validate: Validate
+    run: Run = Run()
+    model: Model = Model()
+    encode_latents: EncodeLatents = EncodeLatents()
+    encode_text: EncodeText = EncodeText()
+    train: Train = Train()
+    preview: Preview = Preview()
+    verify: Verify = Verify()
