@@ -1,0 +1,111 @@
+"""Digests: what a thing is, as 64 hex digits of sha256.
+
+Values are hashed as canonical JSON under a kind, so that no digest of one kind passes as another. File digests are
+remembered by stat (`StatCache`) with git's rule for files written too recently to trust their times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from os import stat_result
+from pathlib import Path
+
+import msgspec
+
+CHUNK_BYTES = 1 << 20
+# A file modified this close to being hashed may change again without its times showing it.
+RACY_NS = 2_000_000_000
+
+_encoder = msgspec.json.Encoder(order="deterministic", decimal_format="string")
+
+
+def canonical_json(value: object) -> bytes:
+    """Return `value` as compact UTF-8 JSON with sorted keys: equal values, equal bytes."""
+    return _encoder.encode(value)
+
+
+def digest_of(kind: str, value: object) -> str:
+    """Return the hex sha256 of `value`'s canonical JSON, prefixed by its kind."""
+    return sha256_bytes(f"flux2-lora/{kind}\n".encode() + canonical_json(value))
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the hex sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class StatCache:
+    """Remembers what was computed from files, for as long as their stat stays the same.
+
+    The database lies in `<store>/lookup/` and may be deleted at any time; a damaged one is started anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError:
+            path.unlink(missing_ok=True)
+            self._prepare()
+
+    def _prepare(self) -> None:
+        with closing(self._connect()) as database, database:
+            database.execute("CREATE TABLE IF NOT EXISTS remembered (what TEXT PRIMARY KEY, stat TEXT, value TEXT)")
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=30)
+
+    def files(self, paths: Sequence[Path]) -> list[str]:
+        """Return the sha256 of each file, reading only those whose stat changed."""
+        return self.many([(f"sha256 {path.absolute()}", [path], lambda path=path: sha256_file(path)) for path in paths])
+
+    def one(self, what: str, paths: Sequence[Path], compute: Callable[[], str]) -> str:
+        """Return `compute()`, remembered under `what` until one of `paths` changes."""
+        return self.many([(what, paths, compute)])[0]
+
+    def many(self, asked: Sequence[tuple[str, Sequence[Path], Callable[[], str]]]) -> list[str]:
+        """Return the value of each (what, paths, compute), in order."""
+        values: list[str] = []
+        fresh: list[tuple[str, str, str]] = []
+        with closing(self._connect()) as database:
+            for what, paths, compute in asked:
+                stats = _stats(paths)
+                row = database.execute("SELECT stat, value FROM remembered WHERE what = ?", (what,)).fetchone()
+                if row is not None and row[0] == stats:
+                    values.append(row[1])
+                    continue
+                started_ns = time.time_ns()
+                values.append(compute())
+                # Unchanged while it was read, and old enough that a later edit must move its times.
+                if _stats(paths) == stats and _youngest_ns(paths) < started_ns - RACY_NS:
+                    fresh.append((what, stats, values[-1]))
+            if fresh:
+                with database:
+                    database.executemany("INSERT OR REPLACE INTO remembered VALUES (?, ?, ?)", fresh)
+        return values
+
+
+def _stats(paths: Iterable[Path]) -> str:
+    return canonical_json([_identity(path.stat()) for path in paths]).decode()
+
+
+def _identity(stat: stat_result) -> tuple[int, int, int, int]:
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+def _youngest_ns(paths: Iterable[Path]) -> int:
+    return max(max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths)
