@@ -7,7 +7,7 @@ from typing import Literal
 from schemas.base import Strict
 
 
-class EncodeLatents(Strict):
+class EncodeLatents(Strict, frozen=True):
     """`dtype` is the stored type (the autoencoder computes in float32); `flip` adds a mirrored twin of each item."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"

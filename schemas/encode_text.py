@@ -7,7 +7,7 @@ from typing import Literal
 from schemas.base import Strict
 
 
-class EncodeText(Strict):
+class EncodeText(Strict, frozen=True):
     """`dtype` is the stored type of the embeddings."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

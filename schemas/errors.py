@@ -12,7 +12,7 @@ from typing import ClassVar
 from schemas.base import Strict
 
 
-class Fault(Strict):
+class Fault(Strict, frozen=True):
     """One fault: a stable code, what happened, where (file, item or field), expected vs found, the remedy."""
 
     code: str

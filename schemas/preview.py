@@ -11,7 +11,7 @@ from schemas.base import Strict
 Prompt = Annotated[str, Meta(min_length=1, max_length=65536)]
 
 
-class Preview(Strict):
+class Preview(Strict, frozen=True):
     """`steps` and `guidance` default by the model's variant when absent."""
 
     prompts: Annotated[tuple[Prompt, ...], Meta(max_length=64)] = ()

@@ -19,20 +19,18 @@ RUN_NAME = r"^[a-z0-9][a-z0-9-]*$"
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
-class Run(Strict):
+class Run(Strict, frozen=True):
     """`[run]`: the name of the result folder and the seed all draws derive from."""
 
     name: Annotated[str, Meta(pattern=RUN_NAME, max_length=64)] | None = None
     seed: Seed = 42
 
 
-class Model(Strict):
+class Model(Strict, frozen=True):
     """`[model]`: where the weights come from. A path is relative to the configuration file."""
 
     source: str = "flux2-micro"
-    variant: Literal[
-        "auto", "klein-base-4b", "klein-4b", "klein-base-9b", "klein-9b", "dev", "flux2-micro"
-    ] = "auto"
+    variant: Literal["auto", "klein-base-4b", "klein-4b", "klein-base-9b", "klein-9b", "dev", "flux2-micro"] = "auto"
     transformer: str | None = None
     autoencoder: str | None = None
     text_encoder: str | None = None
@@ -41,7 +39,7 @@ class Model(Strict):
     allow_distilled: bool = False
 
 
-class Config(Strict):
+class Config(Strict, frozen=True):
     """A pipeline's TOML file: one table per stage, all with defaults except the dataset."""
 
     validate: Validate

@@ -13,7 +13,7 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Beta = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
-class AdamW(Strict, tag_field="kind", tag="adamw"):
+class AdamW(Strict, frozen=True, tag_field="kind", tag="adamw"):
     """AdamW with decoupled weight decay; bias-corrected moments."""
 
     beta1: Beta = 0.9
@@ -22,31 +22,31 @@ class AdamW(Strict, tag_field="kind", tag="adamw"):
     weight_decay: Annotated[float, Meta(ge=0.0, le=1.0)] = 1e-4
 
 
-class Constant(Strict, tag_field="kind", tag="constant"):
+class Constant(Strict, frozen=True, tag_field="kind", tag="constant"):
     """The same rate at every step after a linear warm-up of `warmup_steps`."""
 
     warmup_steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
 
 
-class Uniform(Strict, tag_field="kind", tag="uniform"):
+class Uniform(Strict, frozen=True, tag_field="kind", tag="uniform"):
     """t ~ U(0, 1)."""
 
 
-class LogitNormal(Strict, tag_field="kind", tag="logit_normal"):
+class LogitNormal(Strict, frozen=True, tag_field="kind", tag="logit_normal"):
     """t = sigmoid(n), n ~ N(mean, std)."""
 
     mean: Annotated[float, Meta(ge=-10.0, le=10.0)] = 0.0
     std: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
 
 
-class Shift(Strict, tag_field="kind", tag="shift"):
+class Shift(Strict, frozen=True, tag_field="kind", tag="shift"):
     """Logit-normal with FLUX.2's resolution shift: larger pictures see more noise."""
 
     mean: Annotated[float, Meta(ge=-10.0, le=10.0)] = 0.0
     std: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
 
 
-class Train(Strict):
+class Train(Strict, frozen=True):
     """Keyed as a whole except `checkpoint_every` and, where the schedule allows, `steps`."""
 
     steps: Positive = 1500

@@ -12,7 +12,7 @@ Resolution = Annotated[int, Meta(ge=32, le=4096, multiple_of=16)]
 Colour = Annotated[str, Meta(pattern=r"^#[0-9a-fA-F]{6}$")]
 
 
-class Validate(Strict):
+class Validate(Strict, frozen=True):
     """Keyed as a whole except `dataset` (a path; the contents are keyed instead)."""
 
     dataset: str

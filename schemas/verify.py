@@ -5,5 +5,5 @@ from __future__ import annotations
 from schemas.base import Strict
 
 
-class Verify(Strict):
+class Verify(Strict, frozen=True):
     """An empty table."""

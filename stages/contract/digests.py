@@ -71,7 +71,9 @@ class StatCache:
 
     def files(self, paths: Sequence[Path]) -> list[str]:
         """Return the sha256 of each file, reading only those whose stat changed."""
-        return self.many([(f"sha256 {path.absolute()}", [path], lambda path=path: sha256_file(path)) for path in paths])
+        return self.many(
+            [(f"sha256 {path.absolute()}", [path], lambda path=path: sha256_file(path)) for path in paths]
+        )
 
     def one(self, what: str, paths: Sequence[Path], compute: Callable[[], str]) -> str:
         """Return `compute()`, remembered under `what` until one of `paths` changes."""

@@ -13,26 +13,27 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from schemas.errors import NoResources
+from stages.contract.digests import sha256_file
 
 TEMPORARY = ".tmp"
 
 
 @contextlib.contextmanager
-def workspace(store: Path) -> Iterator[Path]:
+def workspace(store: Path) -> Generator[Path]:
     """Yield a fresh folder below `<store>/.tmp`, removed afterwards; litter of dead processes is removed first."""
     base = store / TEMPORARY
     with no_resources(base):
         base.mkdir(parents=True, exist_ok=True)
     sweep(base)
     folder = base / uuid.uuid4().hex
-    folder.mkdir()
     # Held as long as this process lives: what tells litter from work in progress.
     with (base / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.mkdir()
         try:
             with no_resources(folder):
                 yield folder
@@ -54,7 +55,7 @@ def sweep(base: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_resources(path: Path) -> Iterator[None]:
+def no_resources(path: Path) -> Generator[None]:
     """Turn a full disk, a missing permission or a failing device into an error with a remedy."""
     try:
         yield
@@ -79,28 +80,25 @@ def no_resources(path: Path) -> Iterator[None]:
         raise
 
 
-def publish_folder(work: Path, target: Path) -> bool:
+def publish_folder(work: Path, target: Path) -> None:
     """Sync every file and folder of `work`, rename it to `target`, sync the parent.
 
-    Returns False when `target` already exists: a published thing is immutable, the first one wins.
+    A target with the same files and bytes stays; one that differs (damaged, or rebuilt by force) is replaced.
     """
+    if target.exists() and _same_folder(work, target):
+        return
     for path in sorted(work.rglob("*")):
         sync(path)
     sync(work)
-    return _move(work, target)
+    _move(work, target)
 
 
-def publish_file(work: Path, target: Path) -> bool:
-    """Sync the file `work`, rename it to `target`, sync the parent. False when `target` already exists."""
+def publish_file(work: Path, target: Path) -> None:
+    """Sync the file `work`, rename it to `target`, sync the parent; an equal target stays."""
+    if target.is_file() and not target.is_symlink() and sha256_file(work) == sha256_file(target):
+        return
     sync(work)
-    return _move(work, target)
-
-
-def replace_folder(work: Path, target: Path) -> None:
-    """Publish `work` over `target`, whose old content moves into `work`'s folder and dies with it."""
-    if target.exists():
-        target.rename(work.parent / f"{work.name}.replaced")
-    publish_folder(work, target)
+    _move(work, target)
 
 
 def write_file(target: Path, data: bytes) -> None:
@@ -140,19 +138,21 @@ def _sync_descriptor(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def _move(work: Path, target: Path) -> bool:
+def _move(work: Path, target: Path) -> None:
     _make_folder(target.parent)
     if target.exists():
-        return False
-    try:
-        work.rename(target)
-    except OSError as error:
-        # ENOTEMPTY, EEXIST: another process published the same thing between the look and the rename.
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return False
-        raise
+        target.rename(work.parent / f"{uuid.uuid4().hex}.replaced")
+    work.rename(target)
     sync(target.parent)
-    return True
+
+
+def _same_folder(left: Path, right: Path) -> bool:
+    names = sorted(path.relative_to(left) for path in left.rglob("*") if path.is_file())
+    if names != sorted(path.relative_to(right) for path in right.rglob("*") if not path.is_dir()):
+        return False
+    return all(
+        not (right / name).is_symlink() and sha256_file(left / name) == sha256_file(right / name) for name in names
+    )
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,0 +1,72 @@
+"""What lies beside an artifact (`Manifest`), in a run folder (`Receipt`) and on stdout (`Result`)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from schemas.base import Strict
+from schemas.errors import Fault
+
+CONTRACT_VERSION = 1
+
+
+class FileRecord(Strict, frozen=True):
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(Strict, frozen=True):
+    """Everything about one artifact: what it was made from (`key`), what it is (`digest`), its files and inputs.
+
+    `roles` are the digests of what later stages read, each over only the rows and columns that a reader uses.
+    `fragments` are files elsewhere in the store (paths below it). `self_digest` covers all other fields.
+    """
+
+    contract: int
+    stage: str
+    version: int
+    key: str
+    params: dict[str, Any]
+    inputs: dict[str, str]
+    roles: dict[str, str]
+    files: dict[str, FileRecord]
+    fragments: dict[str, FileRecord]
+    counts: dict[str, int]
+    provenance: dict[str, str]
+    digest: str
+    self_digest: str
+
+
+class Receipt(Strict, frozen=True):
+    """Which artifact a run uses now for one stage."""
+
+    stage: str
+    key: str
+    digest: str
+
+
+class ResultError(Strict, frozen=True):
+    """The first fault of a failure, as programs read it."""
+
+    code: str
+    what: str
+    where: str
+    fix: str
+
+
+class Result(Strict, frozen=True, omit_defaults=True):
+    """The one object `--json` prints; `findings` only where a stage lists them."""
+
+    stage: str
+    status: Literal["built", "up to date", "failed"]
+    key: str | None
+    path: str | None
+    digest: str | None
+    counts: dict[str, int]
+    seconds: float
+    error: ResultError | None
+    findings: list[Fault] | msgspec.UnsetType = msgspec.UNSET
