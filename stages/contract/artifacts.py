@@ -1,0 +1,165 @@
+"""Artifacts in stores: their keys, manifests and wholeness, and the receipts that name them.
+
+`<store>/<stage>/<key>/manifest.json` is the commit of an artifact: written last, synced, then renamed into place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from schemas.errors import Damaged
+from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
+from stages.contract.digests import canonical_json, digest_of, sha256_bytes, sha256_file
+from stages.contract.publish import write_file
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage would make: all resolved values of its keyed settings, and the digest of each input's role."""
+
+    params: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a stage made, beside the files in its work folder.
+
+    `roles` are the digests of what later stages read; `fragments` the files elsewhere in the stores that it refers to
+    (path below the store -> the store that holds it).
+    """
+
+    roles: Mapping[str, str]
+    counts: Mapping[str, int]
+    fragments: Mapping[str, Path] = field(default_factory=dict[str, Path])
+
+
+def artifact_key(stage: str, version: int, plan: Plan) -> str:
+    """Return the key of what `plan` makes: never a path, time, host, flag or library version."""
+    value = {
+        "contract": CONTRACT_VERSION,
+        "stage": stage,
+        "version": version,
+        "params": plan.params,
+        "inputs": plan.inputs,
+    }
+    return digest_of("key", value)
+
+
+def write_manifest(
+    work: Path, identity: tuple[str, int, str], plan: Plan, built: Built, about: dict[str, str]
+) -> Manifest:
+    """Write the manifest of the files in `work`; `identity` is (stage, version, key), `about` the provenance."""
+    stage, version, key = identity
+    files = {path.relative_to(work).as_posix(): record(path) for path in sorted(work.rglob("*")) if path.is_file()}
+    manifest = Manifest(
+        contract=CONTRACT_VERSION,
+        stage=stage,
+        version=version,
+        key=key,
+        params=dict(plan.params),
+        inputs=dict(plan.inputs),
+        roles=dict(built.roles),
+        files=files,
+        fragments={name: record(store / name) for name, store in sorted(built.fragments.items())},
+        counts=dict(built.counts),
+        provenance=about,
+        digest=digest_of(stage, built.roles),
+        self_digest="",
+    )
+    manifest = msgspec.structs.replace(manifest, self_digest=_self_digest(manifest))
+    (work / MANIFEST).write_bytes(msgspec.json.format(canonical_json(manifest)) + b"\n")
+    return manifest
+
+
+def record(path: Path) -> FileRecord:
+    """Return the size and sha256 of a file."""
+    return FileRecord(size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _self_digest(manifest: Manifest) -> str:
+    return sha256_bytes(canonical_json(msgspec.structs.replace(manifest, self_digest="")))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest in `folder`, strictly parsed and proved by its own digest.
+
+    Raises Damaged when it is absent, malformed, or not what it says it is.
+    """
+    path = folder / MANIFEST
+    fix = "delete that folder and run the stage again"
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(
+            "manifest.unreadable", "no readable manifest", where=str(path), why=str(error), fix=fix
+        ) from error
+    if manifest.self_digest != _self_digest(manifest):
+        raise Damaged("manifest.altered", "the manifest does not match its own digest", where=str(path), fix=fix)
+    if manifest.key != artifact_key(manifest.stage, manifest.version, Plan(manifest.params, manifest.inputs)):
+        raise Damaged(
+            "manifest.key", "the key does not follow from what the manifest lists", where=str(path), fix=fix
+        )
+    if folder.name != manifest.key:
+        raise Damaged(
+            "manifest.misplaced",
+            "the folder is not named by the key",
+            where=str(folder),
+            why=f"expected {manifest.key}",
+            fix=fix,
+        )
+    return manifest
+
+
+def missing_files(manifest: Manifest, folder: Path, stores: Sequence[Path]) -> list[str]:
+    """Return the files of an artifact that are absent or of another size (contents are not read)."""
+    own = [name for name, entry in manifest.files.items() if _size(folder / name) != entry.size]
+    elsewhere = [
+        name
+        for name, entry in manifest.fragments.items()
+        if all(_size(store / name) != entry.size for store in stores)
+    ]
+    return own + elsewhere
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else None
+
+
+def find(stage: str, key: str, stores: Sequence[Path]) -> Path | None:
+    """Return the folder of the artifact in the first store that has it."""
+    return next((store / stage / key for store in stores if (store / stage / key / MANIFEST).is_file()), None)
+
+
+def read_receipt(run_folder: Path, stage: str) -> Receipt | None:
+    """Return the run's receipt for `stage`; None when absent or unreadable (it is only a pointer)."""
+    try:
+        return msgspec.json.decode((run_folder / f"{stage}.json").read_bytes(), type=Receipt)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def write_receipt(run_folder: Path, manifest: Manifest) -> None:
+    """Point the run at an artifact; an equal receipt is left untouched."""
+    receipt = Receipt(stage=manifest.stage, key=manifest.key, digest=manifest.digest)
+    if read_receipt(run_folder, manifest.stage) != receipt:
+        write_file(run_folder / f"{manifest.stage}.json", msgspec.json.format(canonical_json(receipt)) + b"\n")
+
+
+def restore_file(source: Path, target: Path) -> None:
+    """Make `target` a copy of `source` unless it is one already (judged by its bytes)."""
+    if (
+        target.is_file()
+        and not target.is_symlink()
+        and target.stat().st_size == source.stat().st_size
+        and sha256_file(target) == sha256_file(source)
+    ):
+        return
+    write_file(target, source.read_bytes())

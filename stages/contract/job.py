@@ -1,0 +1,78 @@
+"""One invocation: the configuration, where things lie, and the flags that change no byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from schemas.manifest import Manifest
+from schemas.run import Config
+from stages.contract.digests import StatCache
+from stages.contract.publish import no_resources
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How to run; nothing here can change a result."""
+
+    force: bool = False
+    explain: bool = False
+    wait: bool = False
+    quiet: bool = False
+    resume_only: bool = False
+    quick: bool = False
+    paranoid: bool = False
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+@dataclass
+class Job:
+    """What a stage is given. `store` is ours and writable; `also` are other people's, read-only.
+
+    `say` and `warn` take a line for the person; `upstream` remembers the artifacts this process has already found.
+    """
+
+    config: Config
+    config_path: Path
+    store: Path
+    runs: Path
+    also: tuple[Path, ...] = ()
+    flags: Flags = Flags()
+    say: Callable[[str], None] = _silent
+    warn: Callable[[str], None] = _silent
+    upstream: dict[str, Manifest] = field(default_factory=dict[str, Manifest])
+
+    @property
+    def run(self) -> str:
+        """The run's name: `[run].name`, or the configuration file's stem."""
+        return self.config.run.name or self.config_path.stem
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the person finds the results."""
+        return self.runs / self.run
+
+    @property
+    def base(self) -> Path:
+        """The folder relative paths in the configuration start from."""
+        return self.config_path.absolute().parent
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        """All stores to look in, ours first."""
+        return (self.store, *self.also)
+
+    @cached_property
+    def digests(self) -> StatCache:
+        """Digests of files that did not change since they were last read."""
+        with no_resources(self.store):
+            return StatCache(self.store / "lookup" / "digests.sqlite")
+
+    def remedy(self, stage: str) -> str:
+        """Return the command that runs `stage` for this configuration."""
+        return f"flux2-lora {stage} --config {self.config_path}"

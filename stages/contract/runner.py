@@ -1,0 +1,214 @@
+"""What a stage is, and the one way it runs: plan, look, lock, build aside, publish, point the run at it."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol, cast
+
+import msgspec
+
+from schemas.errors import Damaged, Stale
+from schemas.manifest import Manifest
+from stages.contract.artifacts import (
+    Built,
+    Plan,
+    artifact_key,
+    find,
+    missing_files,
+    read_manifest,
+    read_receipt,
+    write_manifest,
+    write_receipt,
+)
+from stages.contract.digests import digest_of
+from stages.contract.job import Job
+from stages.contract.locks import hold
+from stages.contract.publish import no_resources, publish_folder, workspace
+
+STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
+PACKAGES = ("flux2-lora", "mlx", "numpy", "pillow", "zarr", "pyarrow", "tokenizers")
+
+
+class Stage(Protocol):
+    """A stage: what it would make (cheap), how it makes it, and what it leaves in the run folder."""
+
+    @property
+    def name(self) -> str:
+        """The word for it everywhere: command, receipt, folder in the store."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Raised whenever the same inputs give other bytes."""
+        ...
+
+    def plan(self, job: Job) -> Plan:
+        """Return the keyed settings and inputs. Raises Stale when an input artifact is missing."""
+        ...
+
+    def build(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Write the artifact's files into `work`."""
+        ...
+
+    def reused(self, manifest: Manifest) -> Mapping[str, int]:
+        """Return the counts of a run that found everything done."""
+        ...
+
+    def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
+        """Put the results people look at into the run folder, where they are missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a stage came to."""
+
+    manifest: Manifest
+    folder: Path
+    counts: Mapping[str, int]
+    seconds: float
+    built: bool
+
+
+def load_stage(name: str) -> Stage:
+    """Return the stage of that name. Verbs are found by name, so that none imports another."""
+    return importlib.import_module(f"stages.{name.replace('-', '_')}").STAGE
+
+
+def upstream(job: Job, name: str) -> tuple[Manifest, Path]:
+    """Return the manifest and folder of the artifact that `name` makes of the present inputs.
+
+    Raises Stale, naming the command, when it has not been made: the inputs changed, or it never ran.
+    """
+    stage = load_stage(name)
+    key = artifact_key(name, stage.version, stage.plan(job))
+    folder = find(name, key, job.stores)
+    if folder is None:
+        receipt = read_receipt(job.run_folder, name)
+        what = f"{name} has not run" if receipt is None else f"the inputs of {name} changed since it ran"
+        raise Stale("input.missing" if receipt is None else "input.stale", what, where=job.run, fix=job.remedy(name))
+    if name not in job.upstream:
+        job.upstream[name] = read_manifest(folder)
+    return job.upstream[name], folder
+
+
+def run_stage(stage: Stage, job: Job) -> Outcome:
+    """Run `stage` for `job`: nothing when its artifact is whole, else build and publish it."""
+    started = time.monotonic()
+    plan = stage.plan(job)
+    key = artifact_key(stage.name, stage.version, plan)
+    if job.flags.explain:
+        _explain(stage, job, plan, key)
+    done = None if job.flags.force else _whole(stage, job, key)
+    if done is None:
+        with _locks(stage, job, key):
+            # Another process may have made it while this one waited.
+            done = None if job.flags.force else _whole(stage, job, key)
+            if done is None:
+                return _build(stage, job, plan, key, started)
+    manifest, folder = done
+    with no_resources(job.run_folder):
+        stage.restore(job, folder, manifest)
+        write_receipt(job.run_folder, manifest)
+    return Outcome(manifest, folder, stage.reused(manifest), time.monotonic() - started, built=False)
+
+
+def _build(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outcome:
+    with workspace(job.store) as space:
+        work = space / "artifact"
+        work.mkdir()
+        built = stage.build(job, plan, work)
+        manifest = write_manifest(work, (stage.name, stage.version, key), plan, built, _provenance(started))
+        folder = job.store / stage.name / key
+        publish_folder(work, folder)
+    job.upstream.pop(stage.name, None)
+    with no_resources(job.run_folder):
+        stage.restore(job, folder, manifest)
+        write_receipt(job.run_folder, manifest)
+    return Outcome(manifest, folder, built.counts, time.monotonic() - started, built=True)
+
+
+def _locks(stage: Stage, job: Job, key: str) -> ExitStack:
+    """Take the run's lock for this stage (busy is an error), then the artifact's (shared work is waited for)."""
+    run = digest_of("run-folder", str(job.run_folder.absolute()))[:16]
+    folder = job.store / ".locks"
+    with ExitStack() as taken:
+        taken.enter_context(hold(folder / f"{stage.name}-{run}.lock", wait=job.flags.wait, waiting=job.say))
+        taken.enter_context(hold(folder / f"{stage.name}-{key}.lock", wait=True, waiting=job.say))
+        return taken.pop_all()
+
+
+def _whole(stage: Stage, job: Job, key: str) -> tuple[Manifest, Path] | None:
+    """Return the artifact when it is complete; a damaged one is announced and made again."""
+    folder = find(stage.name, key, job.stores)
+    if folder is None:
+        return None
+    try:
+        manifest = read_manifest(folder)
+    except Damaged as error:
+        job.warn(f"{error.faults[0].line()} (making it again)")
+        return None
+    if missing := missing_files(manifest, folder, job.stores):
+        job.warn(
+            f"{stage.name}: {len(missing)} files are missing or cut short, first {missing[0]}; making them again"
+        )
+        return None
+    return manifest, folder
+
+
+def _explain(stage: Stage, job: Job, plan: Plan, key: str) -> None:
+    receipt = read_receipt(job.run_folder, stage.name)
+    job.say(f"{stage.name}: key {key}")
+    if receipt is None:
+        job.say("  this run has not made it before")
+        return
+    folder = find(stage.name, receipt.key, job.stores)
+    if receipt.key == key or folder is None:
+        job.say("  nothing changed" if receipt.key == key else "  what it was made from before is gone")
+        return
+    for line in differences(read_manifest(folder), plan):
+        job.say(f"  {line}")
+
+
+def differences(before: Manifest, plan: Plan) -> list[str]:
+    """Return one line `name: old -> new` for each setting and input that differs."""
+    old, new = _flat({**before.params, **before.inputs}), _flat({**plan.params, **plan.inputs})
+    return [
+        f"{name}: {_short(old.get(name, 'absent'))} -> {_short(new.get(name, 'absent'))}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, object]) -> dict[str, object]:
+    """Return nested tables as dotted names, everything as plain JSON values."""
+    flat: dict[str, object] = {}
+    for name, value in msgspec.to_builtins(values).items():
+        if isinstance(value, dict):
+            inner = _flat(cast("dict[str, object]", value))
+            flat.update({f"{name}.{key}": each for key, each in inner.items()})
+        else:
+            flat[name] = list(cast("tuple[object, ...]", value)) if isinstance(value, tuple) else value
+    return flat
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 48 else f"{text[:16]}..."
+
+
+def _provenance(started: float) -> dict[str, str]:
+    about = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            about[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**about, "seconds": f"{time.monotonic() - started:.2f}"}
