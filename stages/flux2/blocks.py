@@ -108,12 +108,8 @@ class DoubleBlock(nn.Module):
         """Map img [B, S, D] and txt [B, L, D] to the same shapes."""
         eps = self.config.eps
         (img_first, img_second), (txt_first, txt_second) = img_modulation, txt_modulation
-        img_qkv = self.img_attn.norm.heads(
-            self.img_attn.qkv(modulate(img, img_first.shift, img_first.scale, eps)), count
-        )
-        txt_qkv = self.txt_attn.norm.heads(
-            self.txt_attn.qkv(modulate(txt, txt_first.shift, txt_first.scale, eps)), count
-        )
+        img_qkv = self.img_attn.heads(modulate(img, img_first.shift, img_first.scale, eps))
+        txt_qkv = self.txt_attn.heads(modulate(txt, txt_first.shift, txt_first.scale, eps))
         q, k, v = (mx.concatenate(list(pair), axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
         attended = attention(q, k, v, rope)
         length = txt.shape[1]
