@@ -1,0 +1,185 @@
+"""The tensors each part of the model consists of, by dimensions: canonical name -> shape as stored in files.
+
+Canonical names are those of BFL for the transformer and the autoencoder, of Hugging Face for the text encoder.
+Convolutions are [out, in, kh, kw], as in files. `recognise` goes the other way, from tensors to words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from stages.flux2.variants import VARIANTS, AutoencoderConfig, TextEncoderConfig, TransformerConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def transformer_shapes(config: TransformerConfig) -> Shapes:
+    """Return every tensor of the transformer."""
+    width, mlp, head = config.inner_dim, config.mlp_dim, (config.attention_head_dim,)
+    shapes: Shapes = {
+        "img_in.weight": (width, config.in_channels),
+        "txt_in.weight": (width, config.joint_attention_dim),
+        "double_stream_modulation_img.lin.weight": (6 * width, width),
+        "double_stream_modulation_txt.lin.weight": (6 * width, width),
+        "single_stream_modulation.lin.weight": (3 * width, width),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.linear.weight": (config.in_channels, width),
+    }
+    for embedder in ("time_in", "guidance_in") if config.guidance_embeds else ("time_in",):
+        shapes[f"{embedder}.in_layer.weight"] = (width, config.timestep_guidance_channels)
+        shapes[f"{embedder}.out_layer.weight"] = (width, width)
+    for stream in [f"double_blocks.{i}.{kind}" for i in range(config.num_layers) for kind in ("img", "txt")]:
+        shapes[f"{stream}_attn.qkv.weight"] = (3 * width, width)
+        shapes[f"{stream}_attn.norm.query_norm.scale"] = head
+        shapes[f"{stream}_attn.norm.key_norm.scale"] = head
+        shapes[f"{stream}_attn.proj.weight"] = (width, width)
+        shapes[f"{stream}_mlp.0.weight"] = (2 * mlp, width)
+        shapes[f"{stream}_mlp.2.weight"] = (width, mlp)
+    for block in [f"single_blocks.{i}" for i in range(config.num_single_layers)]:
+        shapes[f"{block}.linear1.weight"] = (3 * width + 2 * mlp, width)
+        shapes[f"{block}.linear2.weight"] = (width, width + mlp)
+        shapes[f"{block}.norm.query_norm.scale"] = head
+        shapes[f"{block}.norm.key_norm.scale"] = head
+    return shapes
+
+
+def autoencoder_shapes(config: AutoencoderConfig, *, encoder: bool = True, decoder: bool = True) -> Shapes:
+    """Return the whitening statistics and every tensor of the halves asked for.
+
+    Attention projections are [C, C]: a 1x1 convolution [C, C, 1, 1] in a file is the same matrix.
+    """
+    shapes: Shapes = {
+        "bn.running_mean": (config.packed_channels,),
+        "bn.running_var": (config.packed_channels,),
+    }
+    if encoder:
+        shapes |= _encoder_shapes(config)
+    if decoder:
+        shapes |= _decoder_shapes(config)
+    return shapes
+
+
+def text_encoder_shapes(config: TextEncoderConfig) -> Shapes:
+    """Return the token embeddings and the layers up to the highest hidden state in use."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in [f"model.layers.{i}" for i in range(max(config.layers))]:
+        shapes[f"{layer}.self_attn.q_proj.weight"] = (queries, hidden)
+        shapes[f"{layer}.self_attn.k_proj.weight"] = (keys, hidden)
+        shapes[f"{layer}.self_attn.v_proj.weight"] = (keys, hidden)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, queries)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        if config.kind == "qwen3":
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return what a file with these tensors looks like, in words, whatever spelling its names have."""
+    names = {name.removeprefix("model.diffusion_model."): shape for name, shape in shapes.items()}
+    if any(".lora_" in name or ".lokr_" in name for name in names):
+        return "a LoRA"
+    for marker in ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight"):
+        if marker in names:
+            return _transformer_words(names, names[marker])
+    if "double_blocks.0.img_mod.lin.weight" in names or "transformer_blocks.0.norm1.linear.weight" in names:
+        return "a FLUX.1 transformer"
+    if "encoder.conv_in.weight" in names or "decoder.conv_in.weight" in names:
+        return _autoencoder_words(names)
+    for name, shape in names.items():
+        if name.endswith("embed_tokens.weight"):
+            layers = _count(names, r"model\.(?:language_model\.)?layers\.")
+            return f"a language model of width {shape[-1]} with {layers} layers"
+    return f"an unknown model of {len(names)} tensors"
+
+
+def _transformer_words(names: Mapping[str, tuple[int, ...]], modulation: tuple[int, ...]) -> str:
+    double, single = (
+        _count(names, r"(?:double|transformer)_blocks\."),
+        _count(names, r"single_(?:transformer_)?blocks\."),
+    )
+    width = modulation[-1] if modulation else 0
+    known = [
+        row.name
+        for row in VARIANTS.values()
+        if (row.transformer.num_layers, row.transformer.num_single_layers) == (double, single)
+        and row.transformer.inner_dim == width
+    ]
+    suffix = f" ({', '.join(known)})" if known else ""
+    return f"a FLUX.2 transformer of width {width} with {double} double and {single} single blocks{suffix}"
+
+
+def _autoencoder_words(names: Mapping[str, tuple[int, ...]]) -> str:
+    statistics = names.get("bn.running_mean")
+    if statistics is None:
+        return "the autoencoder of another model"
+    parts = [part for part in ("encoder", "decoder") if f"{part}.conv_in.weight" in names]
+    return f"a FLUX.2 autoencoder ({' and '.join(parts)}) of {statistics[0] // 4} latent channels"
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    return len({match[1] for name in names if (match := re.match(rf"(?:language_model\.)?{prefix}(\d+)\.", name))})
+
+
+def _encoder_shapes(config: AutoencoderConfig) -> Shapes:
+    widths, moments = config.block_out_channels, 2 * config.latent_channels
+    last = len(widths) - 1
+    shapes = _conv("encoder.conv_in", 3, widths[0], 3)
+    for i, width in enumerate(widths):
+        before = widths[max(i - 1, 0)]
+        for j in range(config.layers_per_block):
+            shapes |= _resnet(f"encoder.down.{i}.block.{j}", width if j else before, width)
+        if i < last:
+            shapes |= _conv(f"encoder.down.{i}.downsample.conv", width, width, 3)
+    shapes |= _middle("encoder", widths[last], attention=config.mid_block_add_attention)
+    shapes |= _norm("encoder.norm_out", widths[last])
+    return (
+        shapes
+        | _conv("encoder.conv_out", widths[last], moments, 3)
+        | _conv("encoder.quant_conv", moments, moments, 1)
+    )
+
+
+def _decoder_shapes(config: AutoencoderConfig) -> Shapes:
+    widths, latent = config.decoder_channels, config.latent_channels
+    last = len(widths) - 1
+    shapes = _conv("decoder.post_quant_conv", latent, latent, 1) | _conv("decoder.conv_in", latent, widths[last], 3)
+    shapes |= _middle("decoder", widths[last], attention=config.mid_block_add_attention)
+    for i, width in enumerate(widths):
+        before = widths[min(i + 1, last)]
+        for j in range(config.layers_per_block + 1):
+            shapes |= _resnet(f"decoder.up.{i}.block.{j}", width if j else before, width)
+        if i > 0:
+            shapes |= _conv(f"decoder.up.{i}.upsample.conv", width, width, 3)
+    return shapes | _norm("decoder.norm_out", widths[0]) | _conv("decoder.conv_out", widths[0], 3, 3)
+
+
+def _middle(half: str, width: int, *, attention: bool) -> Shapes:
+    shapes = _resnet(f"{half}.mid.block_1", width, width) | _resnet(f"{half}.mid.block_2", width, width)
+    if attention:
+        shapes |= _norm(f"{half}.mid.attn_1.norm", width)
+        for projection in ("q", "k", "v", "proj_out"):
+            shapes[f"{half}.mid.attn_1.{projection}.weight"] = (width, width)
+            shapes[f"{half}.mid.attn_1.{projection}.bias"] = (width,)
+    return shapes
+
+
+def _resnet(name: str, before: int, after: int) -> Shapes:
+    shapes = _norm(f"{name}.norm1", before) | _conv(f"{name}.conv1", before, after, 3)
+    shapes |= _norm(f"{name}.norm2", after) | _conv(f"{name}.conv2", after, after, 3)
+    return shapes | (_conv(f"{name}.nin_shortcut", before, after, 1) if before != after else {})
+
+
+def _conv(name: str, before: int, after: int, size: int) -> Shapes:
+    return {f"{name}.weight": (after, before, size, size), f"{name}.bias": (after,)}
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}

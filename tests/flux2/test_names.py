@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from stages.flux2 import names, shapes
+from stages.flux2.names import Piece
+from stages.flux2.variants import DEV, KLEIN_4B, KLEIN_9B, MICRO, MISTRAL_24B, QWEN3_4B, QWEN3_8B, AutoencoderConfig
+
+# Shapes of the published configurations as torch 2.13, diffusers 0.42.1 and transformers 5.23 build them.
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "flux2-shapes.json").read_text())
+TRANSFORMERS = {"klein-4b": KLEIN_4B, "klein-9b": KLEIN_9B, "dev": DEV}
+PARAMETERS = {"klein-4b": 3_875_544_576, "klein-9b": 9_078_581_248, "dev": 32_223_281_152}
+
+
+def golden(table: dict[str, tuple[list[int], int]]) -> shapes.Shapes:
+    return {
+        pattern.replace("{i}", str(i)): tuple(shape)
+        for pattern, (shape, count) in table.items()
+        for i in range(count)
+    }
+
+
+def sources(expected: shapes.Shapes, pieces: Callable[[str], tuple[Piece, ...]]) -> shapes.Shapes:
+    """The file whose pieces make up `expected`; every row of it is used exactly once."""
+    found: shapes.Shapes = {}
+    used: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name, shape in expected.items():
+        parts = pieces(name)
+        for piece in parts:
+            found[piece.name] = (shape[0] // len(parts) * piece.of, *shape[1:])
+            used[piece.name].append((piece.index, piece.of))
+    for parts in used.values():
+        assert sorted(parts) == [(i, len(parts)) for i in range(len(parts))]
+    return found
+
+
+@pytest.mark.parametrize("size", TRANSFORMERS)
+def test_transformer_in_diffusers_spelling_is_the_reference_table(size: str) -> None:
+    expected = shapes.transformer_shapes(TRANSFORMERS[size])
+    assert sources(expected, names.diffusers_transformer_pieces) == golden(GOLDEN["transformer"][size])
+    assert sum(prod(shape) for shape in expected.values()) == PARAMETERS[size]
+
+
+def test_transformer_in_bfl_spelling_has_fused_tensors() -> None:
+    expected = shapes.transformer_shapes(KLEIN_4B)
+    assert len(expected) == 169 - 5 * 4
+    assert expected["double_blocks.4.txt_attn.qkv.weight"] == (9216, 3072)
+    assert expected["double_blocks.0.img_attn.norm.query_norm.scale"] == (128,)
+    assert expected["double_blocks.0.img_mlp.0.weight"] == (18432, 3072)
+    assert expected["single_blocks.19.linear1.weight"] == (27648, 3072)
+    assert expected["single_blocks.19.linear2.weight"] == (3072, 12288)
+    assert expected["final_layer.adaLN_modulation.1.weight"] == (6144, 3072)
+    assert "guidance_in.in_layer.weight" not in expected
+    assert "guidance_in.in_layer.weight" in shapes.transformer_shapes(DEV)
+
+
+def test_autoencoder_in_diffusers_spelling_is_the_reference_table() -> None:
+    expected = shapes.autoencoder_shapes(AutoencoderConfig())
+    table = golden(GOLDEN["autoencoder"])
+    assert table.pop("bn.num_batches_tracked") == ()
+    assert {names.diffusers_autoencoder_name(name, 4): shape for name, shape in expected.items()} == table
+
+
+def test_autoencoder_in_bfl_spelling_counts_the_decoder_from_the_output() -> None:
+    expected = shapes.autoencoder_shapes(AutoencoderConfig())
+    assert expected["decoder.up.0.block.0.conv1.weight"] == (128, 256, 3, 3)
+    assert expected["decoder.up.3.block.2.conv2.weight"] == (512, 512, 3, 3)
+    assert expected["encoder.mid.attn_1.proj_out.weight"] == (512, 512)
+    assert expected["encoder.quant_conv.weight"] == (64, 64, 1, 1)
+    assert "encoder.down.3.downsample.conv.weight" not in expected
+    assert "decoder.up.0.upsample.conv.weight" not in expected
+
+
+def test_small_decoder_has_its_own_widths() -> None:
+    config = AutoencoderConfig(decoder_block_out_channels=(96, 192, 384, 384))
+    expected = shapes.autoencoder_shapes(config)
+    assert expected["decoder.up.0.block.0.conv1.weight"] == (96, 192, 3, 3)
+    assert expected["encoder.down.0.block.0.conv1.weight"] == (128, 128, 3, 3)
+
+
+def test_halves_of_the_autoencoder_share_only_the_statistics() -> None:
+    encoder = shapes.autoencoder_shapes(AutoencoderConfig(), decoder=False)
+    decoder = shapes.autoencoder_shapes(AutoencoderConfig(), encoder=False)
+    assert encoder.keys() & decoder.keys() == {"bn.running_mean", "bn.running_var"}
+    assert encoder | decoder == shapes.autoencoder_shapes(AutoencoderConfig())
+
+
+@pytest.mark.parametrize(("golden_name", "config"), [("qwen3-4b", QWEN3_4B), ("qwen3-8b", QWEN3_8B)])
+def test_qwen3_is_the_first_27_layers_of_the_reference_table(golden_name: str, config: object) -> None:
+    expected = shapes.text_encoder_shapes(config)
+    table = golden(GOLDEN["text_encoder"][golden_name])
+    unused = names.text_encoder(config).unused
+    assert {name: shape for name, shape in table.items() if not unused(name)} == expected
+    assert len(expected) == 1 + 27 * 11
+
+
+def test_mistral_is_the_first_30_layers_of_the_reference_table() -> None:
+    component = names.text_encoder(MISTRAL_24B)
+    table = {
+        component.plain(name): shape
+        for name, shape in golden(GOLDEN["text_encoder"]["mistral-small-3.2-24b"]).items()
+    }
+    assert {name: shape for name, shape in table.items() if not component.unused(name)} == shapes.text_encoder_shapes(
+        MISTRAL_24B
+    )
+
+
+def test_both_wrappings_of_a_language_model_are_undone() -> None:
+    for name in (
+        "language_model.model.layers.3.mlp.up_proj.weight",
+        "model.language_model.layers.3.mlp.up_proj.weight",
+    ):
+        assert names.plain_text_encoder_name(name) == "model.layers.3.mlp.up_proj.weight"
+    assert names.plain_text_encoder_name("language_model.lm_head.weight") == "lm_head.weight"
+
+
+def test_prefix_and_weight_spelling_of_norms_are_undone() -> None:
+    name = "model.diffusion_model.double_blocks.0.img_attn.norm.query_norm.weight"
+    assert names.plain_transformer_name(name) == "double_blocks.0.img_attn.norm.query_norm.scale"
+
+
+def test_final_modulation_swaps_its_halves() -> None:
+    assert names.diffusers_transformer_pieces("final_layer.adaLN_modulation.1.weight") == (
+        Piece("norm_out.linear.weight", 1, 2),
+        Piece("norm_out.linear.weight", 0, 2),
+    )
+
+
+def test_modules_go_to_diffusers_and_back() -> None:
+    modules = {name.rpartition(".")[0] for name in shapes.transformer_shapes(DEV)}
+    for module in modules:
+        found = names.diffusers_modules(module)
+        parts = [names.canonical_part(name) for name in found]
+        assert parts == [names.ModulePart(module, i, len(found)) for i in range(len(found))]
+
+
+def test_unknown_modules_are_told_apart() -> None:
+    assert names.canonical_part("transformer_blocks.0.attn.to_out") is None
+    assert names.canonical_part("single_transformer_blocks.0.attn.to_out.0") is None
+    assert names.canonical_part("transformer_blocks.attn.to_q") is None
+    for module in ("double_blocks.0.linear1", "single_blocks.0.img_attn.qkv", "linear1", "final_layer"):
+        with pytest.raises(KeyError):
+            names.diffusers_modules(module)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (golden(GOLDEN["transformer"]["klein-9b"]), "width 4096 with 8 double and 24 single blocks (klein-base-9b, klein-9b)"),
+        (shapes.transformer_shapes(MICRO.transformer), "width 192 with 2 double and 4 single blocks (flux2-micro)"),
+        ({f"model.diffusion_model.{n}": s for n, s in shapes.transformer_shapes(DEV).items()}, "48 single blocks (dev)"),
+        (golden(GOLDEN["autoencoder"]), "a FLUX.2 autoencoder (encoder and decoder) of 32 latent channels"),
+        ({"encoder.conv_in.weight": (128, 3, 3, 3)}, "the autoencoder of another model"),
+        (golden(GOLDEN["text_encoder"]["qwen3-4b"]), "a language model of width 2560 with 36 layers"),
+        (golden(GOLDEN["text_encoder"]["mistral-small-3.2-24b"]), "a language model of width 5120 with 40 layers"),
+        ({"double_blocks.0.img_mod.lin.weight": (1, 1)}, "a FLUX.1 transformer"),
+        ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (1, 1)}, "a LoRA"),
+        ({"x": ()}, "an unknown model of 1 tensors"),
+    ],
+)  # fmt: skip
+def test_files_are_recognised_in_words(table: shapes.Shapes, words: str) -> None:
+    assert shapes.recognise(table).endswith(words)
