@@ -1,0 +1,53 @@
+"""The file this project writes: BFL names under `diffusion_model.`, no alpha, the scale folded into B.
+
+It is the one layout that ComfyUI, diffusers, ai-toolkit, mflux and the Swift app all load as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from schemas.errors import BadConfig
+from stages.flux2.variants import TransformerConfig
+from stages.lora.formats.places import Place, Spellings
+from stages.lora.layer import Factors
+from stages.lora.targets import linear_shapes
+
+PREFIX = "diffusion_model."
+# base_model.model. is peft's own.
+READ_PREFIXES = (PREFIX, "base_model.model.")
+MAX_METADATA_BYTES = 64 * 1024
+
+
+def spellings(config: TransformerConfig) -> Spellings:
+    """Return the names this layout gives the linears of the blocks."""
+    return {f"{prefix}{name}": Place(name) for prefix in READ_PREFIXES for name in linear_shapes(config)}
+
+
+def to_tensors(factors: Factors, *, scale: float, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Return the file's tensors: A [r, in], and B [out, r] times `scale` (alpha / rank), rounded once to dtype."""
+    scales = {"lora_A": 1.0, "lora_B": scale}
+    return {
+        f"{PREFIX}{name}.weight": (factor * scales[name.rpartition(".")[2]]).astype(dtype)
+        for name, factor in factors.items()
+    }
+
+
+def metadata(rank: int, provenance: Mapping[str, str]) -> dict[str, str]:
+    """Return the file's metadata; alpha equals rank because the scale is already in B.
+
+    `lora_adapter_metadata` is left out on purpose: diffusers would apply its alpha a second time.
+    Raises `BadConfig` above 64 KiB, where some readers stop.
+    """
+    fields = {**provenance, "format": "pt", "lora_rank": str(rank), "lora_alpha": str(rank)}
+    size = sum(len(part.encode()) for item in fields.items() for part in item)
+    if size > MAX_METADATA_BYTES:
+        raise BadConfig(
+            "lora.metadata_too_long",
+            "the LoRA file's metadata is too long",
+            why=f"expected at most {MAX_METADATA_BYTES} bytes, found {size}",
+            fix="shorten the settings, prompts first",
+        )
+    return fields
