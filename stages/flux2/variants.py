@@ -123,7 +123,7 @@ MICRO = Variant(
     ),
     text_encoder=TextEncoderConfig("qwen3", 64, 128, 4, 2, 512, 28, head_dim=16, length=64),
     autoencoder=AutoencoderConfig(
-        latent_channels=8, block_out_channels=(32, 48, 64, 64), layers_per_block=1, norm_num_groups=16
+        latent_channels=8, block_out_channels=(32, 48, 64, 64), layers_per_block=1, norm_num_groups=8
     ),
     distilled=False,
     preview_steps=8,
