@@ -36,7 +36,7 @@ class LoRALinear(nn.Module):
         return mx.addmm(self.base(x), x @ down.T, up.T, alpha=self.scale)
 
 
-def initial_factors(shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> Factors:
+def initial_factors(shapes: dict[str, tuple[int, ...]], rank: int, seed: int) -> Factors:
     """Return fresh factors for modules of the given (out, in): A uniform in +-1/sqrt(in), B zero.
 
     That is kaiming-uniform with a = sqrt(5), as peft and ai-toolkit start. A module's values depend only on the

@@ -11,9 +11,11 @@ import fnmatch
 from typing import Literal
 
 from schemas.errors import BadConfig, Fault
+from stages.flux2.shapes import transformer_shapes
 from stages.flux2.variants import TransformerConfig
 
 Targets = Literal["blocks", "attention"] | tuple[str, ...]
+BLOCKS = ("double_blocks.", "single_blocks.")
 # Patterns of the named sets. linear1 and linear2 hold a single block's attention and MLP in one.
 SETS: dict[str, tuple[str, ...]] = {
     "blocks": ("*",),
@@ -21,25 +23,12 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Return (out, in) of every linear inside the blocks, by BFL name, in the order of the forward pass."""
-    width, hidden = config.inner_dim, config.mlp_dim
-    stream = {
-        "attn.qkv": (3 * width, width),
-        "attn.proj": (width, width),
-        "mlp.0": (2 * hidden, width),
-        "mlp.2": (width, hidden),
-    }
-    double = {f"{name}_{part}": shape for name in ("img", "txt") for part, shape in stream.items()}
-    single = {"linear1": (3 * width + 2 * hidden, width), "linear2": (width, width + hidden)}
     return {
-        f"{kind}_blocks.{index}.{part}": shape
-        for kind, count, parts in (
-            ("double", config.num_layers, double),
-            ("single", config.num_single_layers, single),
-        )
-        for index in range(count)
-        for part, shape in parts.items()
+        name.removesuffix(".weight"): shape
+        for name, shape in transformer_shapes(config).items()
+        if name.startswith(BLOCKS) and len(shape) == 2
     }
 
 

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from stages.flux2.names import diffusers_modules
 from stages.flux2.variants import TransformerConfig
 from stages.lora.formats.places import Place, Spellings
 from stages.lora.layer import Factors
+from stages.lora.targets import linear_shapes
 
 PREFIX = "transformer."
 # peft's own prefix, and what some trainers write before diffusers' names.
 READ_PREFIXES = (PREFIX, "base_model.model.", "diffusion_model.")
-DOUBLE = {
-    "attn.to_q": Place("img_attn.qkv", 0),
-    "attn.to_k": Place("img_attn.qkv", 1),
-    "attn.to_v": Place("img_attn.qkv", 2),
-    "attn.add_q_proj": Place("txt_attn.qkv", 0),
-    "attn.add_k_proj": Place("txt_attn.qkv", 1),
-    "attn.add_v_proj": Place("txt_attn.qkv", 2),
-    "attn.to_out.0": Place("img_attn.proj"),
-    "attn.to_add_out": Place("txt_attn.proj"),
-    "ff.linear_in": Place("img_mlp.0"),
-    "ff.linear_out": Place("img_mlp.2"),
-    "ff_context.linear_in": Place("txt_mlp.0"),
-    "ff_context.linear_out": Place("txt_mlp.2"),
-}
-SINGLE = {"attn.to_qkv_mlp_proj": Place("linear1"), "attn.to_out": Place("linear2")}
 
 
 def spellings(config: TransformerConfig) -> Spellings:
@@ -46,13 +33,9 @@ def to_tensors(factors: Factors, config: TransformerConfig, *, scale: float, dty
 
 
 def _names(config: TransformerConfig) -> Spellings:
-    kinds = (
-        ("transformer_blocks", "double_blocks", config.num_layers, DOUBLE),
-        ("single_transformer_blocks", "single_blocks", config.num_single_layers, SINGLE),
-    )
-    return {
-        f"{theirs}.{index}.{name}": Place(f"{ours}.{index}.{module}", third)
-        for theirs, ours, count, names in kinds
-        for index in range(count)
-        for name, (module, third) in names.items()
-    }
+    names: Spellings = {}
+    for module in linear_shapes(config):
+        sources = diffusers_modules(module)
+        for position, source in enumerate(sources):
+            names[source] = Place(module, position if len(sources) > 1 else None)
+    return names
