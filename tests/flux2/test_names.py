@@ -152,9 +152,9 @@ def test_unknown_modules_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        (golden(GOLDEN["transformer"]["klein-9b"]), "width 4096 with 8 double and 24 single blocks (klein-base-9b, klein-9b)"),
+        (golden(GOLDEN["transformer"]["klein-9b"]), "8 double and 24 single blocks (klein-base-9b, klein-9b)"),
         (shapes.transformer_shapes(MICRO.transformer), "width 192 with 2 double and 4 single blocks (flux2-micro)"),
-        ({f"model.diffusion_model.{n}": s for n, s in shapes.transformer_shapes(DEV).items()}, "48 single blocks (dev)"),
+        ({names.SINGLE_FILE_PREFIX + n: s for n, s in shapes.transformer_shapes(DEV).items()}, "single blocks (dev)"),
         (golden(GOLDEN["autoencoder"]), "a FLUX.2 autoencoder (encoder and decoder) of 32 latent channels"),
         ({"encoder.conv_in.weight": (128, 3, 3, 3)}, "the autoencoder of another model"),
         (golden(GOLDEN["text_encoder"]["qwen3-4b"]), "a language model of width 2560 with 36 layers"),

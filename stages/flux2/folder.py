@@ -1,0 +1,317 @@
+"""From `[model]` to the files of a model: built in, a local folder, or the Hugging Face cache, never the network.
+
+On the fast path of every stage: only JSON is read, nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from schemas.errors import BadConfig, Damaged, Fault, NoResources
+from schemas.run import Model
+from stages.flux2 import configs
+from stages.flux2.variants import MICRO, VARIANTS, Variant
+
+BUILT_IN = (MICRO.name,)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REVISION = re.compile(r"[A-Za-z0-9][\w.-]*")
+WEIGHTS_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this machine. A part's files are safetensors, after their index where they are shards."""
+
+    variant: Variant
+    transformer: tuple[Path, ...]
+    autoencoder: tuple[Path, ...]
+    text_encoder: tuple[Path, ...]
+    tokenizer: Path
+    source: str
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each part lies: a file, or a folder with weights and perhaps a config.json."""
+
+    root: Path | None
+    transformer: Path
+    autoencoder: Path
+    text_encoder: Path
+    tokenizer: Path
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def open_model(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> ModelFiles:
+    """Find the model's files and read what it is.
+
+    `source` is the name of a built-in model, whose folder `builtin` gives, a folder relative to `base_dir`, or a hub
+    id. Raises `NoResources` if the model is not on this machine, `Damaged` if its folder is incomplete or not
+    FLUX.2, `BadConfig` if `variant` says otherwise than the folder.
+    """
+    try:
+        places = _places(spec, base_dir, builtin)
+        variant = _auto(spec, places) if spec.variant == "auto" else _explicit(VARIANTS[spec.variant], spec, places)
+        configs.check_fit(places.root or places.transformer, variant)
+        return ModelFiles(
+            variant=variant,
+            transformer=_weights(places.transformer),
+            autoencoder=_weights(places.autoencoder),
+            text_encoder=_weights(places.text_encoder),
+            tokenizer=_tokenizer(places.tokenizer),
+            source=spec.source,
+        )
+    except OSError as error:
+        raise NoResources(
+            "model.unreadable",
+            "cannot read the model",
+            where=str(error.filename),
+            why=str(error.strerror),
+            fix="check the path and its permissions",
+        ) from error
+
+
+def require_trainable(model: ModelFiles, *, allow_distilled: bool) -> None:
+    """Raise `BadConfig` for a distilled model, on which LoRAs train badly, unless it is allowed."""
+    if not model.variant.distilled or allow_distilled:
+        return
+    bases = [
+        row.hub_id
+        for row in VARIANTS.values()
+        if row.transformer == model.variant.transformer and not row.distilled and row.hub_id
+    ]
+    base = f'set model.source = "{bases[0]}"' if bases else "use the base model"
+    raise BadConfig(
+        "model.distilled",
+        f"{model.variant.name} is distilled: train on its base, the LoRA works on both",
+        where=model.source,
+        fix=f"{base}, or set model.allow_distilled = true",
+    )
+
+
+def hub_cache() -> Path:
+    """Return the folder the Hugging Face tools keep downloads in, as they find it themselves."""
+    for variable, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")):
+        if folder := os.environ.get(variable):
+            return Path(folder).expanduser() / below
+    return Path.home() / ".cache" / "huggingface" / "hub"
+
+
+def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Places:
+    given = (spec.transformer, spec.autoencoder, spec.text_encoder, spec.tokenizer)
+    root = None if all(given) else _root(spec.source, base_dir, builtin)
+
+    def place(override: str | None, below: str) -> Path:
+        if override is None:
+            assert root is not None
+            return root / below
+        path = base_dir / Path(override).expanduser()
+        if not path.exists():
+            raise NoResources(
+                "model.absent", "the path does not exist", where=str(path), fix="correct the path in [model]"
+            )
+        return path
+
+    return _Places(
+        root=root,
+        transformer=place(spec.transformer, "transformer"),
+        autoencoder=place(spec.autoencoder, "vae"),
+        text_encoder=place(spec.text_encoder, "text_encoder"),
+        tokenizer=place(spec.tokenizer, "tokenizer"),
+    )
+
+
+def _root(source: str, base_dir: Path, builtin: Callable[[str], Path]) -> Path:
+    if source in BUILT_IN:
+        return builtin(source)
+    folder = base_dir / Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise BadConfig(
+            "model.source",
+            "model.source is a file",
+            where=str(folder),
+            fix=f'set model.transformer = "{source}" and model.variant; model.source gives the other parts',
+        )
+    if HUB_ID.fullmatch(source):
+        return _snapshot(source)
+    if re.fullmatch(r"[\w.-]+", source) and not source.startswith("."):
+        known = [*BUILT_IN, *(row.hub_id for row in VARIANTS.values() if row.hub_id)]
+        raise BadConfig(
+            "model.unknown",
+            f"no model is called {source}, and no folder",
+            where="model.source",
+            why=f"expected a folder, a hub id or one of {', '.join(known)}",
+            fix="correct model.source",
+        )
+    raise NoResources(
+        "model.absent", "the model folder does not exist", where=str(folder), fix="correct model.source"
+    )
+
+
+def _snapshot(hub_id: str) -> Path:
+    cache = hub_cache()
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    try:
+        revision = (repository / "refs" / "main").read_text("utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        revision = ""
+    snapshot = repository / "snapshots" / revision
+    if not REVISION.fullmatch(revision) or not snapshot.is_dir():
+        raise NoResources(
+            "model.absent",
+            "the model is not on this machine",
+            where=hub_id,
+            why=f"it is neither a folder nor in {cache}",
+            fix=f"flux2-lora fetch {hub_id}",
+        )
+    return snapshot
+
+
+def _auto(spec: Model, places: _Places) -> Variant:
+    root = places.root
+    if root is None or spec.transformer is not None:
+        raise BadConfig(
+            "model.variant",
+            "a transformer given by itself does not say whether it is base or distilled",
+            where="model.variant",
+            fix=f"set model.variant to one of {', '.join(VARIANTS)}",
+        )
+    pipeline = configs.read_json(root / "model_index.json", configs.Pipeline)
+    return configs.identify(
+        configs.read_transformer(_config(places.transformer, root / "transformer")),
+        configs.read_text_encoder(_config(places.text_encoder, root / "text_encoder")),
+        configs.read_autoencoder(_config(places.autoencoder, root / "vae")),
+        distilled=pipeline.is_distilled,
+    )
+
+
+def _explicit(row: Variant, spec: Model, places: _Places) -> Variant:
+    """Return `row` with the autoencoder found; every part that has a configuration must agree with it."""
+    wrong: list[str] = []
+    if places.root is not None and spec.transformer is None:
+        distilled = configs.read_json(places.root / "model_index.json", configs.Pipeline).is_distilled
+        if distilled != row.distilled:
+            wrong.append(
+                f"{row.name} is {_kind(distilled=row.distilled)}, the folder is {_kind(distilled=distilled)}"
+            )
+    if _has_config(places.transformer):
+        found = configs.read_transformer(places.transformer / "config.json")
+        wrong += _differences("transformer", found, row.transformer)
+    if _has_config(places.text_encoder):
+        text = configs.read_text_encoder(places.text_encoder / "config.json")
+        if not configs.same_text_encoder(text, row.text_encoder):
+            wrong += _differences("text encoder", text, dataclasses.replace(row.text_encoder, length=text.length))
+    if wrong:
+        raise BadConfig.of(
+            Fault(
+                code="model.variant",
+                what=f"the model is not {row.name}",
+                where=str(places.root or places.transformer),
+                why=line,
+                fix='set model.variant = "auto", or correct model.source',
+            )
+            for line in wrong
+        )
+    if _has_config(places.autoencoder):
+        return dataclasses.replace(row, autoencoder=configs.read_autoencoder(places.autoencoder / "config.json"))
+    return row
+
+
+def _differences(part: str, found: object, expected: object) -> list[str]:
+    return [
+        f"{part} {field.name}: expected {getattr(expected, field.name)}, found {getattr(found, field.name)}"
+        for field in dataclasses.fields(expected)  # pyright: ignore[reportArgumentType]
+        if getattr(found, field.name) != getattr(expected, field.name)
+    ]
+
+
+def _kind(*, distilled: bool) -> str:
+    return "distilled" if distilled else "a base model"
+
+
+def _config(place: Path, fallback: Path) -> Path:
+    return (place if _has_config(place) else fallback) / "config.json"
+
+
+def _has_config(place: Path) -> bool:
+    return (place / "config.json").is_file()
+
+
+def _weights(place: Path) -> tuple[Path, ...]:
+    """Return the weight files at `place`: one file, or a folder's shards behind their index, or all it has."""
+    if place.is_file():
+        if place.name.endswith(INDEX_SUFFIX):
+            return _shards(place)
+        if place.suffix != WEIGHTS_SUFFIX:
+            raise Damaged(
+                "model.format",
+                "not a safetensors file",
+                where=str(place),
+                fix="use a .safetensors file; pickles (.pt, .bin, .ckpt) are never read",
+            )
+        return (place,)
+    indices = sorted(place.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) > 1:
+        raise Damaged(
+            "model.weights",
+            "several indices of weights in one folder",
+            where=str(place),
+            why=", ".join(path.name for path in indices),
+            fix="keep the files of one model only",
+        )
+    if indices:
+        return _shards(indices[0])
+    found = sorted(place.glob(f"*{WEIGHTS_SUFFIX}"))
+    # A link into a cache may lead nowhere.
+    if not found or not all(path.is_file() for path in found):
+        raise _incomplete(place, f"no {WEIGHTS_SUFFIX} file, or links to files that are gone")
+    return tuple(found)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    names = sorted(set(configs.read_json(index, _Index).weight_map.values()))
+    outside = [name for name in names if Path(name).name != name or not name.endswith(WEIGHTS_SUFFIX)]
+    if outside:
+        raise Damaged(
+            "model.index",
+            "the index names something else than files beside it",
+            where=str(index),
+            why=f"found {outside[0]!r}",
+            fix="download the model again",
+        )
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent or not names:
+        raise _incomplete(
+            index.parent, f"{len(absent)} of {len(names)} weight files are absent: {', '.join(absent[:3])}"
+        )
+    return (index, *(index.parent / name for name in names))
+
+
+def _tokenizer(place: Path) -> Path:
+    path = place / "tokenizer.json" if place.is_dir() else place
+    if not path.is_file():
+        raise _incomplete(path, "no tokenizer.json")
+    return path
+
+
+def _incomplete(place: Path, why: str) -> Damaged:
+    return Damaged(
+        "model.missing",
+        "the model folder is incomplete",
+        where=str(place),
+        why=why,
+        fix="fetch the model again (flux2-lora fetch ID), or correct model.source",
+    )
