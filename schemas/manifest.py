@@ -41,6 +41,21 @@ class Manifest(Strict, frozen=True):
     self_digest: str
 
 
+class CheckpointManifest(Strict, frozen=True):
+    """One resumable point of a training: its files, and the tensor digest of the LoRA it stands for.
+
+    `public` is false for a checkpoint forced by a signal: it exists to resume from, not to be looked at.
+    """
+
+    contract: int
+    trajectory: str
+    step: int
+    public: bool
+    lora: str
+    files: dict[str, FileRecord]
+    self_digest: str
+
+
 class Receipt(Strict, frozen=True):
     """Which artifact a run uses now for one stage."""
 

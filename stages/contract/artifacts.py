@@ -14,7 +14,7 @@ import msgspec
 
 from schemas.errors import Damaged
 from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
-from stages.contract.digests import canonical_json, digest_of, sha256_bytes, sha256_file
+from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes, sha256_file
 from stages.contract.publish import write_file
 
 MANIFEST = "manifest.json"
@@ -138,6 +138,11 @@ def find(stage: str, key: str, stores: Sequence[Path]) -> Path | None:
     return next((store / stage / key for store in stores if (store / stage / key / MANIFEST).is_file()), None)
 
 
+def holder(name: str, stores: Sequence[Path]) -> Path:
+    """Return the store that has the file `name` below it; ours where none has."""
+    return next((store for store in stores if (store / name).is_file()), stores[0])
+
+
 def read_receipt(run_folder: Path, stage: str) -> Receipt | None:
     """Return the run's receipt for `stage`; None when absent or unreadable (it is only a pointer)."""
     try:
@@ -153,13 +158,8 @@ def write_receipt(run_folder: Path, manifest: Manifest) -> None:
         write_file(run_folder / f"{manifest.stage}.json", msgspec.json.format(canonical_json(receipt)) + b"\n")
 
 
-def restore_file(source: Path, target: Path) -> None:
-    """Make `target` a copy of `source` unless it is one already (judged by its bytes)."""
-    if (
-        target.is_file()
-        and not target.is_symlink()
-        and target.stat().st_size == source.stat().st_size
-        and sha256_file(target) == sha256_file(source)
-    ):
+def restore_file(source: Path, target: Path, digests: StatCache) -> None:
+    """Make `target` a copy of `source` unless it is one already, judged by content."""
+    if _size(target) == _size(source) and len(set(digests.files([source, target]))) == 1:
         return
     write_file(target, source.read_bytes())

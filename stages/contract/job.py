@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from schemas.errors import BadConfig
 from schemas.manifest import Manifest
 from schemas.run import Config
 from stages.contract.digests import StatCache
@@ -61,6 +62,19 @@ class Job:
     def base(self) -> Path:
         """The folder relative paths in the configuration start from."""
         return self.config_path.absolute().parent
+
+    @property
+    def dataset(self) -> Path:
+        """The folder of pictures. Raises BadConfig when it does not exist."""
+        folder = self.base / self.config.validate.dataset
+        if not folder.is_dir():
+            raise BadConfig(
+                "dataset.absent",
+                "the dataset folder does not exist",
+                where=str(folder),
+                fix=f"correct validate.dataset in {self.config_path} (it is relative to that file)",
+            )
+        return folder
 
     @property
     def stores(self) -> tuple[Path, ...]:

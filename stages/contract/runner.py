@@ -173,13 +173,14 @@ def _explain(stage: Stage, job: Job, plan: Plan, key: str) -> None:
     if receipt.key == key or folder is None:
         job.say("  nothing changed" if receipt.key == key else "  what it was made from before is gone")
         return
-    for line in differences(read_manifest(folder), plan):
+    before = read_manifest(folder)
+    for line in differences(before.params, before.inputs, plan):
         job.say(f"  {line}")
 
 
-def differences(before: Manifest, plan: Plan) -> list[str]:
-    """Return one line `name: old -> new` for each setting and input that differs."""
-    old, new = _flat({**before.params, **before.inputs}), _flat({**plan.params, **plan.inputs})
+def differences(params: Mapping[str, object], inputs: Mapping[str, object], plan: Plan) -> list[str]:
+    """Return one line `name: old -> new` for each setting and input of `plan` that differs from those given."""
+    old, new = _flat({**params, **inputs}), _flat({**plan.params, **plan.inputs})
     return [
         f"{name}: {_short(old.get(name, 'absent'))} -> {_short(new.get(name, 'absent'))}"
         for name in sorted({*old, *new})

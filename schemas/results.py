@@ -1,0 +1,29 @@
+"""What the files in `runs/<run>/` are called: the names people and other programs rely on."""
+
+from __future__ import annotations
+
+METRICS = "metrics.jsonl"
+CURVES = "training_curves.png"
+VERIFY = "verify.json"
+TRAJECTORY = "trajectory.json"
+LATEST_PREVIEW = "preview_latest.png"
+
+
+def lora(run: str) -> str:
+    """Return the name of the finished LoRA."""
+    return f"{run}.safetensors"
+
+
+def checkpoint(step: int) -> str:
+    """Return the name of the LoRA as it was after `step` steps."""
+    return f"checkpoint_{step}.safetensors"
+
+
+def preview(step: int) -> str:
+    """Return the name of a step's picture, or of the grid where there are several."""
+    return f"preview_{step}.png"
+
+
+def previews(step: int, count: int) -> list[str]:
+    """Return the names of the single pictures of a step's `count` prompts."""
+    return [preview(step)] if count == 1 else [f"preview_{step}_{number}.png" for number in range(1, count + 1)]

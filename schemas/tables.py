@@ -1,0 +1,84 @@
+"""The columns of every Parquet table, as readers outside this project see them too. No column is ever null."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from schemas.base import Strict
+
+# `box` is a fixed-size list of four int32.
+Column = Literal["string", "int32", "bool", "box", "large_binary"]
+
+
+class Table(Strict, frozen=True):
+    """A table's columns in order, and those that together identify a row (none: rows may repeat)."""
+
+    name: str
+    columns: dict[str, Column]
+    unique: tuple[str, ...]
+
+
+# One row per picture, resolution and caption variant. `width` and `height` are the picture's after its EXIF rotation;
+# `crop` is [x0, y0, x1, y1] in it, before scaling; `path` is relative to the dataset; `background` is the colour
+# under a transparent picture, "" for an opaque one.
+DATASET = Table(
+    name="dataset.parquet",
+    columns={
+        "item_id": "string",
+        "path": "string",
+        "image_sha256": "string",
+        "width": "int32",
+        "height": "int32",
+        "bucket_width": "int32",
+        "bucket_height": "int32",
+        "crop": "box",
+        "caption_id": "string",
+        "background": "string",
+    },
+    unique=("item_id",),
+)
+
+# Each different caption once; `text` is what trains, after the trigger is in.
+CAPTIONS = Table(name="captions.parquet", columns={"caption_id": "string", "text": "string"}, unique=("caption_id",))
+
+# Where each item's latent [channels, height, width] lies; `fragment` is a path below the store.
+LATENT_INDEX = Table(
+    name="index.parquet",
+    columns={
+        "item_id": "string",
+        "flip": "bool",
+        "latent_key": "string",
+        "fragment": "string",
+        "row": "int32",
+        "channels": "int32",
+        "height": "int32",
+        "width": "int32",
+        "dtype": "string",
+        "sha256": "string",
+    },
+    unique=("item_id", "flip"),
+)
+
+# Where each text's embedding [length, width] lies; `role` is caption, empty or prompt; `tokens` are not padding.
+EMBEDDING_INDEX = Table(
+    name="index.parquet",
+    columns={
+        "caption_id": "string",
+        "role": "string",
+        "text": "string",
+        "embedding_key": "string",
+        "fragment": "string",
+        "row": "int32",
+        "tokens": "int32",
+        "length": "int32",
+        "width": "int32",
+        "dtype": "string",
+        "sha256": "string",
+    },
+    unique=(),
+)
+
+# A part of embeddings; `data` holds length x width values, row-major, little-endian.
+EMBEDDING_PART = Table(
+    name="part", columns={"embedding_key": "string", "data": "large_binary"}, unique=("embedding_key",)
+)

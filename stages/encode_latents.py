@@ -1,0 +1,187 @@
+"""encode-latents: every picture of the dataset through the autoencoder, once per distinct content and crop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from schemas.errors import Fault, RejectedInput, Stale
+from schemas.manifest import Manifest
+from stages.contract.artifacts import Built, Plan, holder
+from stages.contract.digests import digest_of, sha256_bytes
+from stages.contract.job import Job
+from stages.contract.runner import upstream
+from stages.dataset import pixels
+from stages.flux2.identity import encoder_digest, model_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stages.flux2.autoencoder import Autoencoder
+    from stages.stores.latents import LatentRow
+
+INDEX = "index.parquet"
+
+
+class EncodeLatents:
+    """Reads validate's items and the pictures; its role `latents` is what training reads of them."""
+
+    name = "encode-latents"
+    version = 1
+
+    def plan(self, job: Job) -> Plan:
+        """Key the settings, the pictures and their crops, and the encoder's tensors."""
+        dataset, _ = upstream(job, "validate")
+        settings = msgspec.to_builtins(job.config.encode_latents)
+        inputs = {"pictures": dataset.roles["pictures"], "autoencoder": encoder_digest(job, model_of(job))}
+        return Plan(settings, inputs)
+
+    def build(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Encode what no store has yet, one fragment of at most 64 at a time, and write the index."""
+        from schemas.tables import DATASET, LATENT_INDEX
+        from stages.stores.latents import fragment_files, scan_latents
+        from stages.stores.tables import read_table, write_table
+
+        _, folder = upstream(job, "validate")
+        wanted = list(_wanted(job, plan, read_table(folder / "dataset.parquet", DATASET)))
+        known: dict[str, LatentRow] = {}
+        for store in () if job.flags.force else reversed(job.stores):
+            known |= scan_latents(store)
+        distinct = {each.key: each for each in wanted}
+        missing = [each for key, each in distinct.items() if key not in known]
+        known |= _encode(job, missing)
+        rows = [_index_row(each, known[each.key]) for each in wanted]
+        write_table(work / INDEX, LATENT_INDEX, rows)
+        names = sorted({known[key].fragment for key in distinct})
+        files = [path.as_posix() for name in names for path in fragment_files(Path(), name)]
+        return Built(
+            roles={"latents": digest_of("latents", sorted(_content(row) for row in rows))},
+            counts={"total": len(distinct), "encoded": len(missing), "reused": len(distinct) - len(missing)},
+            fragments={name: holder(name, job.stores) for name in files},
+        )
+
+    def reused(self, manifest: Manifest) -> Mapping[str, int]:
+        """Everything was there."""
+        total = manifest.counts["total"]
+        return {"total": total, "encoded": 0, "reused": total}
+
+    def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
+        """Leave nothing in the run folder: latents are not looked at."""
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    """One latent that the dataset asks for: `item` is its row of dataset.parquet."""
+
+    item: dict[str, Any]
+    flip: bool
+    key: str
+
+
+def _wanted(job: Job, plan: Plan, items: Sequence[dict[str, Any]]) -> Iterator[_Wanted]:
+    for item in items:
+        for flip in (False, True) if job.config.encode_latents.flip else (False,):
+            value = {
+                "image": item["image_sha256"],
+                "plan": pixels.plan(_crop(item), _bucket(item), item["background"]),
+                "flip": flip,
+                "autoencoder": plan.inputs["autoencoder"],
+                "dtype": job.config.encode_latents.dtype,
+                "version": EncodeLatents.version,
+            }
+            yield _Wanted(item, flip, digest_of("latent", value))
+
+
+def _bucket(item: Mapping[str, Any]) -> tuple[int, int]:
+    return item["bucket_width"], item["bucket_height"]
+
+
+def _crop(item: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = item["crop"]
+    return x0, y0, x1, y1
+
+
+def _encode(job: Job, missing: Sequence[_Wanted]) -> dict[str, LatentRow]:
+    """Encode and store what is missing; one bucket shape at a time, so that a kill loses one fragment at most."""
+    if not missing:
+        return {}
+    from stages.console.progress import progress
+    from stages.flux2.backend import prepare
+    from stages.flux2.load import load_autoencoder
+    from stages.stores.fragments import MOST_RECORDS
+    from stages.stores.latents import write_latents
+
+    job.say(prepare().line())
+    autoencoder = load_autoencoder(model_of(job), encoder=True, decoder=False)
+    dtype = job.config.encode_latents.dtype
+    written: dict[str, LatentRow] = {}
+    with progress("encode-latents", total=len(missing), quiet=job.flags.quiet) as bar:
+        for _, group in groupby(
+            sorted(missing, key=lambda each: _bucket(each.item)), key=lambda each: _bucket(each.item)
+        ):
+            pending = list(group)
+            for start in range(0, len(pending), MOST_RECORDS):
+                records: list[tuple[str, np.ndarray]] = []
+                for each in pending[start : start + MOST_RECORDS]:
+                    records.append((each.key, _latent(job, autoencoder, each)))
+                    bar.advance(1, note=each.item["path"])
+                written |= {row.latent_key: row for row in write_latents(job.store, records, dtype)}
+    return written
+
+
+def _latent(job: Job, autoencoder: Autoencoder, each: _Wanted) -> np.ndarray:
+    """Return the whitened latent [C, H/16, W/16] as it is stored. Raises Stale or RejectedInput."""
+    import mlx.core as mx
+    import numpy as np
+
+    from stages.stores.tensors import from_mlx
+
+    path = job.dataset / each.item["path"]
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
+    if sha256_bytes(data) != each.item["image_sha256"]:
+        raise Stale(
+            "dataset.changed", "a picture changed since validate", where=str(path), fix=job.remedy("validate")
+        )
+    picture = pixels.pixels(
+        data, tuple(each.item["crop"]), _bucket(each.item), job.config.validate.background, flip=each.flip
+    )
+    latent = autoencoder.encode(mx.array(picture)[None])[0]
+    stored = from_mlx(latent.astype(mx.bfloat16 if job.config.encode_latents.dtype == "bfloat16" else mx.float32))
+    if not np.isfinite(np.array(latent)).all():
+        fault = Fault(
+            code="latents.not_finite",
+            what="the latent is not finite",
+            where=str(path),
+            fix="remove that picture, or check the autoencoder's file",
+        )
+        raise RejectedInput.of([fault])
+    return stored.data
+
+
+def _index_row(each: _Wanted, row: LatentRow) -> dict[str, Any]:
+    return {
+        "item_id": each.item["item_id"],
+        "flip": each.flip,
+        "latent_key": row.latent_key,
+        "fragment": row.fragment,
+        "row": row.row,
+        "channels": row.channels,
+        "height": row.height,
+        "width": row.width,
+        "dtype": row.dtype,
+        "sha256": row.sha256,
+    }
+
+
+def _content(row: Mapping[str, Any]) -> list[Any]:
+    """What training reads of an index row: not where it lies."""
+    return [row[name] for name in ("item_id", "flip", "channels", "height", "width", "dtype", "sha256")]
+
+
+STAGE = EncodeLatents()

@@ -1,0 +1,163 @@
+"""encode-text: captions, the empty caption and preview prompts through the text encoder, once per distinct text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from schemas.manifest import Manifest
+from stages.contract.artifacts import Built, Plan, holder
+from stages.contract.digests import digest_of
+from stages.contract.job import Job
+from stages.contract.runner import upstream
+from stages.dataset.captions import caption_id, prompt_with_trigger
+from stages.flux2.identity import model_of, text_encoder_digest, tokenizer_digest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stages.flux2.text.tokenize import TokenIds
+    from stages.stores.embeddings import EmbeddingRow
+
+INDEX = "index.parquet"
+ROLES = ("caption", "empty", "prompt")
+
+
+class EncodeText:
+    """Reads captions and prompts; a role each, so that a new prompt leaves training's inputs as they were."""
+
+    name = "encode-text"
+    version = 1
+
+    def plan(self, job: Job) -> Plan:
+        """Key the texts, the encoder's and tokenizer's content, and how the states are taken and stored."""
+        dataset, _ = upstream(job, "validate")
+        model = model_of(job)
+        encoder = model.variant.text_encoder
+        settings = {
+            **msgspec.to_builtins(job.config.encode_text),
+            "layers": list(encoder.layers),
+            "length": encoder.length,
+            "prompts": sorted(set(prompts(job))),
+        }
+        inputs = {
+            "captions": dataset.roles["captions"],
+            "text_encoder": text_encoder_digest(job, model),
+            "tokenizer": tokenizer_digest(job, model),
+        }
+        return Plan(settings, inputs)
+
+    def build(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Encode what no store has yet, and write the index."""
+        from schemas.tables import CAPTIONS, EMBEDDING_INDEX
+        from stages.stores.embeddings import scan_embeddings
+        from stages.stores.tables import read_table, write_table
+
+        _, folder = upstream(job, "validate")
+        captions = [row["text"] for row in read_table(folder / "captions.parquet", CAPTIONS)]
+        wanted = [("caption", text) for text in captions] + [("empty", "")]
+        wanted += [("prompt", text) for text in plan.params["prompts"]]
+        keys = {text: _embedding_key(plan, text) for _, text in wanted}
+        known: dict[str, EmbeddingRow] = {}
+        for store in () if job.flags.force else reversed(job.stores):
+            known |= scan_embeddings(store)
+        missing = [text for text, key in keys.items() if key not in known]
+        known |= _encode(job, missing, keys)
+        rows = [_index_row(role, text, known[keys[text]]) for role, text in wanted]
+        write_table(work / INDEX, EMBEDDING_INDEX, rows)
+        fragments = sorted({known[key].fragment for key in keys.values()})
+        return Built(
+            roles={
+                role: digest_of("embeddings", sorted(_content(row) for row in rows if row["role"] == role))
+                for role in ROLES
+            },
+            counts={"total": len(keys), "encoded": len(missing), "reused": len(keys) - len(missing)},
+            fragments={name: holder(name, job.stores) for name in fragments},
+        )
+
+    def reused(self, manifest: Manifest) -> Mapping[str, int]:
+        """Everything was there."""
+        total = manifest.counts["total"]
+        return {"total": total, "encoded": 0, "reused": total}
+
+    def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
+        """Leave nothing in the run folder: embeddings are not looked at."""
+
+
+def prompts(job: Job) -> list[str]:
+    """Return the preview prompts in order, `[trigger]` replaced."""
+    return [prompt_with_trigger(text, job.config.validate.trigger) for text in job.config.preview.prompts]
+
+
+def _embedding_key(plan: Plan, text: str) -> str:
+    settings = {name: value for name, value in plan.params.items() if name != "prompts"}
+    inputs = {name: plan.inputs[name] for name in ("text_encoder", "tokenizer")}
+    return digest_of("embedding", {"text": text, "version": EncodeText.version, **settings, **inputs})
+
+
+def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[str, EmbeddingRow]:
+    """Encode and store `missing`; one text at a time, so that a text's numbers never depend on its neighbours."""
+    if not missing:
+        return {}
+    from stages.console.progress import progress
+    from stages.flux2.backend import prepare
+    from stages.flux2.load import load_text_encoder
+    from stages.flux2.text.tokenize import Tokenizer
+    from stages.stores.embeddings import write_embeddings
+    from stages.stores.fragments import MOST_RECORDS
+
+    backend = prepare()
+    job.say(backend.line())
+    model = model_of(job)
+    tokenizer = Tokenizer(model.tokenizer, model.variant.text_encoder)
+    encoder = load_text_encoder(model, backend.compute_dtype)
+    written: dict[str, EmbeddingRow] = {}
+    with progress("encode-text", total=len(missing), quiet=job.flags.quiet) as bar:
+        for start in range(0, len(missing), MOST_RECORDS):
+            records: list[tuple[str, int, np.ndarray]] = []
+            for text in missing[start : start + MOST_RECORDS]:
+                tokens = tokenizer.encode(text)
+                if tokens.count == model.variant.text_encoder.length:
+                    job.warn(f"cut to {tokens.count} tokens: {text[:60]}...")
+                records.append((keys[text], tokens.count, _embedding(job, encoder, tokens)))
+                bar.advance(1)
+            rows = write_embeddings(job.store, records, job.config.encode_text.dtype)
+            written |= {row.embedding_key: row for row in rows}
+    return written
+
+
+def _embedding(job: Job, encoder: Any, tokens: TokenIds) -> np.ndarray:
+    """Return the embedding [L, J] of one text as it is stored."""
+    import mlx.core as mx
+
+    from stages.stores.tensors import from_mlx
+
+    states = encoder(mx.array([tokens.ids]), mx.array([tokens.count]))[0]
+    return from_mlx(states.astype(mx.bfloat16 if job.config.encode_text.dtype == "bfloat16" else mx.float32)).data
+
+
+def _index_row(role: str, text: str, row: EmbeddingRow) -> dict[str, Any]:
+    return {
+        "caption_id": caption_id(text),
+        "role": role,
+        "text": text,
+        "embedding_key": row.embedding_key,
+        "fragment": row.fragment,
+        "row": row.row,
+        "tokens": row.tokens,
+        "length": row.length,
+        "width": row.width,
+        "dtype": row.dtype,
+        "sha256": row.sha256,
+    }
+
+
+def _content(row: Mapping[str, Any]) -> list[Any]:
+    """What a reader takes of an index row: not where it lies."""
+    return [row[name] for name in ("caption_id", "length", "width", "dtype", "sha256")]
+
+
+STAGE = EncodeText()

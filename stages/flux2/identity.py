@@ -1,0 +1,74 @@
+"""Which weights a job uses: its model's files and their digests, remembered by stat.
+
+On the fast path of every stage: nothing heavy is imported unless a digest has to be computed anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stages.contract.job import Job
+from stages.contract.publish import publish_folder, workspace
+from stages.flux2.folder import ModelFiles, open_model
+
+# Raised when make_micro gives other bytes: the folder of the built-in model in the store carries it.
+MICRO_VERSION = 1
+
+
+def model_of(job: Job) -> ModelFiles:
+    """Return the model of the job's configuration. Raises what `open_model` raises."""
+    return open_model(job.config.model, job.base, lambda name: _built_in(job, name))
+
+
+def _built_in(job: Job, name: str) -> Path:
+    """Return the folder of a built-in model, making it in the store the first time."""
+    folder = job.store / "models" / f"{name}-{MICRO_VERSION}"
+    if not folder.exists():
+        from stages.flux2.micro import make_micro
+
+        with workspace(job.store) as space:
+            make_micro(space / name)
+            publish_folder(space / name, folder)
+    return folder
+
+
+def transformer_digest(job: Job, model: ModelFiles) -> str:
+    """Return the digest of the transformer's tensors."""
+    return _remembered(job, "transformer", model.transformer, model)
+
+
+def encoder_digest(job: Job, model: ModelFiles) -> str:
+    """Return the digest of the autoencoder's encoder half."""
+    return _remembered(job, "autoencoder_encoder", model.autoencoder, model)
+
+
+def decoder_digest(job: Job, model: ModelFiles) -> str:
+    """Return the digest of the autoencoder's decoder half."""
+    return _remembered(job, "autoencoder_decoder", model.autoencoder, model)
+
+
+def text_encoder_digest(job: Job, model: ModelFiles) -> str:
+    """Return the digest of the text encoder's layers in use."""
+    return _remembered(job, "text_encoder", model.text_encoder, model)
+
+
+def tokenizer_digest(job: Job, model: ModelFiles) -> str:
+    """Return the digest of the tokenizer's file."""
+    return job.digests.files([model.tokenizer])[0]
+
+
+def _remembered(job: Job, part: str, files: Sequence[Path], model: ModelFiles) -> str:
+    def compute() -> str:
+        from stages.flux2 import load
+
+        digests: dict[str, Callable[[ModelFiles], str]] = {
+            "transformer": load.transformer_digest,
+            "autoencoder_encoder": load.autoencoder_encoder_digest,
+            "autoencoder_decoder": load.autoencoder_decoder_digest,
+            "text_encoder": load.text_encoder_digest,
+        }
+        return digests[part](model)
+
+    names = " ".join(str(path.absolute()) for path in files)
+    return job.digests.one(f"{part} {names}", files, compute)

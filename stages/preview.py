@@ -1,0 +1,139 @@
+"""preview: pictures from every saved LoRA of the run, drawn once each; what training drew already is only placed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from schemas import results
+from schemas.manifest import Manifest
+from stages.contract.artifacts import Built, Plan, holder, restore_file
+from stages.contract.digests import digest_of
+from stages.contract.job import Job
+from stages.contract.runner import upstream
+from stages.flux2.identity import decoder_digest, model_of, transformer_digest
+
+if TYPE_CHECKING:
+    from stages.training.previews import Scene
+
+INDEX = "index.json"
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """One picture: its place in the run folder and below the store."""
+
+    step: int
+    prompt: str
+    file: str
+    fragment: str
+
+
+class Shot(msgspec.Struct, frozen=True):
+    """The LoRA of one step: its tensor digest, and its file (None: the model without a LoRA)."""
+
+    step: int
+    lora: str
+    path: Path | None
+
+
+class Preview:
+    """Reads saved LoRAs and prompt embeddings; pictures are fragments, its artifact lists them."""
+
+    name = "preview"
+    version = 1
+
+    def plan(self, job: Job) -> Plan:
+        """Key the settings, the prompts' embeddings, the weights, and the LoRA of every step shown."""
+        text, _ = upstream(job, "encode-text")
+        model = model_of(job)
+        settings = msgspec.to_builtins(job.config.preview)
+        del settings["during_training"]
+        settings["steps"] = settings["steps"] or model.variant.preview_steps
+        if settings["guidance"] is None:
+            settings["guidance"] = model.variant.preview_guidance
+        inputs = {
+            "prompt": text.roles["prompt"],
+            "empty": text.roles["empty"],
+            "transformer": transformer_digest(job, model),
+            "decoder": decoder_digest(job, model),
+            **{f"lora {shot.step}": shot.lora for shot in shots(job)},
+        }
+        return Plan(settings, inputs)
+
+    def build(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Draw what no store has yet, and list all pictures."""
+        from stages.console.progress import progress
+        from stages.flux2.backend import prepare
+        from stages.flux2.load import load_autoencoder, load_transformer
+        from stages.training.previews import Painter, scene_of, write_grid
+
+        scene = scene_of(job)
+        model = model_of(job)
+        backend = prepare()
+        painter = Painter(
+            job.stores,
+            scene,
+            transformer=cache(lambda: load_transformer(model, backend.compute_dtype)),
+            decoder=cache(lambda: load_autoencoder(model, encoder=False, decoder=True)),
+        )
+        wanted = shots(job)
+        missing = sum(len(painter.missing(shot.lora)) for shot in wanted)
+        with progress(self.name, total=missing * scene.sampling.steps, quiet=job.flags.quiet) as bar:
+            rendered = sum(painter.paint(shot.path, shot.lora, on_step=lambda _: bar.advance(1)) for shot in wanted)
+        pictures = _pictures(scene, wanted)
+        (work / INDEX).write_bytes(msgspec.json.format(msgspec.json.encode(pictures)) + b"\n")
+        for shot in wanted if len(scene.prompts) > 1 else ():
+            write_grid(job.stores, scene, shot.lora, work / results.preview(shot.step))
+        return Built(
+            roles={"pictures": digest_of("pictures", [[each.file, each.fragment] for each in pictures])},
+            counts=_counts(len(pictures), rendered),
+            fragments={each.fragment: holder(each.fragment, job.stores) for each in pictures},
+        )
+
+    def reused(self, manifest: Manifest) -> Mapping[str, int]:
+        """All pictures were there."""
+        return _counts(manifest.counts["images"], 0)
+
+    def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
+        """Put every step's picture, and the latest, into the run folder."""
+        for name in manifest.files:
+            if name != INDEX:
+                restore_file(folder / name, job.run_folder / name, job.digests)
+        pictures = msgspec.json.decode((folder / INDEX).read_bytes(), type=list[Picture])
+        for each in pictures:
+            restore_file(holder(each.fragment, job.stores) / each.fragment, job.run_folder / each.file, job.digests)
+        if pictures:
+            latest = job.run_folder / results.preview(max(each.step for each in pictures))
+            restore_file(latest, job.run_folder / results.LATEST_PREVIEW, job.digests)
+
+
+def shots(job: Job) -> list[Shot]:
+    """Return step 0 without a LoRA, every public checkpoint, and the last step."""
+    from stages.training.checkpoints import public_checkpoints
+
+    manifest, _ = upstream(job, "train")
+    found = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
+    return [Shot(0, "none", None), *(Shot(each.step, each.manifest.lora, each.lora) for each in found)]
+
+
+def _pictures(scene: Scene, wanted: list[Shot]) -> list[Picture]:
+    from stages.training.previews import picture_name
+
+    return [
+        Picture(shot.step, text, name, picture_name(key))
+        for shot in wanted
+        for name, key, (text, _) in zip(
+            results.previews(shot.step, len(scene.prompts)), scene.keys(shot.lora), scene.prompts, strict=True
+        )
+    ]
+
+
+def _counts(images: int, rendered: int) -> dict[str, int]:
+    return {"images": images, "rendered": rendered, "reused": images - rendered}
+
+
+STAGE = Preview()

@@ -1,0 +1,190 @@
+"""Checkpoints: everything a training needs to go on, published whole, found by trajectory and step.
+
+`<store>/checkpoints/<trajectory>/<step>/` holds the training state in float32, the LoRA people use, and the metrics
+up to that step. A step's folder name is its number without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from schemas.errors import Damaged
+from schemas.manifest import CONTRACT_VERSION, CheckpointManifest, Manifest
+from stages.contract.artifacts import MANIFEST, record
+from stages.contract.digests import canonical_json, digest_of, sha256_bytes, sha256_file
+from stages.contract.publish import publish_folder, workspace
+from stages.stores.tensors import Tensor, TensorFile, load, save, tensor_digest
+
+# Raised whenever the same trajectory would take other steps.
+VERSION = 1
+STATE = "state.safetensors"
+LORA = "lora.safetensors"
+METRICS = "metrics.jsonl"
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint: its folder and proved manifest."""
+
+    folder: Path
+    manifest: CheckpointManifest
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.step
+
+    @property
+    def lora(self) -> Path:
+        """The LoRA file."""
+        return self.folder / LORA
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the training state. Raises Damaged when its bytes changed."""
+        return self._load(STATE).tensors
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Return the metrics lines up to this step. Raises Damaged when the bytes changed."""
+        data = (self.folder / METRICS).read_bytes()
+        if sha256_bytes(data) != self.manifest.files[METRICS].sha256:
+            raise self._damaged(METRICS, "its bytes changed")
+        return [msgspec.json.decode(line) for line in data.splitlines()]
+
+    def check(self) -> None:
+        """Raise Damaged unless every file is there with the recorded bytes."""
+        for name, entry in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
+                raise self._damaged(name, "missing or changed")
+
+    def _load(self, name: str) -> TensorFile:
+        return load(self.folder / name, sha256=self.manifest.files[name].sha256)
+
+    def _damaged(self, name: str, why: str) -> Damaged:
+        fix = "delete that folder; training resumes from the checkpoint before"
+        return Damaged("checkpoint.damaged", "a damaged checkpoint", where=str(self.folder / name), why=why, fix=fix)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from."""
+
+    step: int
+    public: bool
+    state: Mapping[str, Tensor]
+    lora: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    metrics: Sequence[Mapping[str, float]]
+
+
+def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkpoint:
+    """Publish a checkpoint and return it; an equal one that is there already stays."""
+    with workspace(store) as space:
+        work = space / "checkpoint"
+        work.mkdir()
+        save(work / STATE, snapshot.state, {})
+        save(work / LORA, snapshot.lora, snapshot.metadata)
+        (work / METRICS).write_bytes(metrics_lines(snapshot.metrics))
+        manifest = CheckpointManifest(
+            contract=CONTRACT_VERSION,
+            trajectory=trajectory,
+            step=snapshot.step,
+            public=snapshot.public,
+            lora=tensor_digest(snapshot.lora),
+            files={name: record(work / name) for name in (STATE, LORA, METRICS)},
+            self_digest="",
+        )
+        manifest = msgspec.structs.replace(manifest, self_digest=_self_digest(manifest))
+        (work / MANIFEST).write_bytes(msgspec.json.format(canonical_json(manifest)) + b"\n")
+        folder = trajectory_folder(store, trajectory) / str(snapshot.step)
+        publish_folder(work, folder)
+    return Checkpoint(folder, manifest)
+
+
+def metrics_lines(metrics: Sequence[Mapping[str, float]]) -> bytes:
+    """Return metrics as JSON lines."""
+    return b"".join(msgspec.json.encode(line) + b"\n" for line in metrics)
+
+
+def trajectory_folder(store: Path, trajectory: str) -> Path:
+    """Return the folder of a trajectory's checkpoints."""
+    return store / FOLDER / trajectory
+
+
+def trajectory_of(params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Return the key of all that affects a step: a train plan without `steps`, which no schedule uses yet."""
+    settings = {name: value for name, value in params.items() if name != "steps"}
+    return digest_of("trajectory", {"version": VERSION, "settings": settings, "inputs": inputs})
+
+
+def public_checkpoints(stores: Sequence[Path], train: Manifest, every: int) -> list[Checkpoint]:
+    """Return the checkpoints of a finished training that people see: every `every` steps, and the last."""
+    steps = train.params["steps"]
+    found = list_checkpoints(stores, trajectory_of(train.params, train.inputs))
+    return [each for each in found if each.step == steps or (each.step < steps and each.step % every == 0)]
+
+
+def list_checkpoints(stores: Sequence[Path], trajectory: str) -> list[Checkpoint]:
+    """Return every checkpoint with a readable manifest, by step; the first store that has a step wins."""
+    found: dict[int, Checkpoint] = {}
+    for store in reversed(stores):
+        folder = trajectory_folder(store, trajectory)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name.isdigit():
+                try:
+                    checkpoint = Checkpoint(path, read_checkpoint_manifest(path))
+                except Damaged:
+                    continue
+                found[checkpoint.step] = checkpoint
+    return [found[step] for step in sorted(found)]
+
+
+def newest(
+    stores: Sequence[Path], trajectory: str, most_steps: int, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """Return the newest whole checkpoint of at most `most_steps`; None when there is none at all.
+
+    Damaged ones are skipped with a warning. Raises Damaged when all are, rather than start over by itself.
+    """
+    folders = [trajectory_folder(store, trajectory) for store in stores]
+    paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.name.isdigit()]
+    candidates = sorted((path for path in paths if int(path.name) <= most_steps), key=lambda path: -int(path.name))
+    damage: Damaged | None = None
+    for path in candidates:
+        try:
+            checkpoint = Checkpoint(path, read_checkpoint_manifest(path))
+            checkpoint.check()
+        except Damaged as error:
+            damage = error
+            warn(f"{error.faults[0].line()} (falling back to an older checkpoint)")
+        else:
+            return checkpoint
+    if damage is not None:
+        raise damage
+    return None
+
+
+def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
+    """Return a checkpoint's manifest, proved by its own digest. Raises Damaged."""
+    path = folder / MANIFEST
+    fix = "delete that folder; training resumes from the checkpoint before"
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=CheckpointManifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Damaged(
+            "checkpoint.unreadable", "no readable manifest", where=str(path), why=str(error), fix=fix
+        ) from error
+    names = (str(manifest.step), manifest.trajectory)
+    if manifest.self_digest != _self_digest(manifest) or names != (folder.name, folder.parent.name):
+        raise Damaged("checkpoint.altered", "the manifest is not what it says", where=str(path), fix=fix)
+    return manifest
+
+
+def _self_digest(manifest: CheckpointManifest) -> str:
+    return sha256_bytes(canonical_json(msgspec.structs.replace(manifest, self_digest="")))

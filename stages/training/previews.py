@@ -1,0 +1,203 @@
+"""Pictures from a saved LoRA: the one function that training, at its checkpoints, and the preview stage both call.
+
+A picture is named by everything that shapes it, so it is drawn once: `<store>/fragments/previews/<key>.png`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from schemas import results
+from schemas.tables import EMBEDDING_INDEX
+from stages.console.charts import grid, save_png
+from stages.contract.artifacts import holder, restore_file
+from stages.contract.digests import digest_of, sha256_bytes
+from stages.contract.job import Job
+from stages.contract.publish import publish_file, workspace
+from stages.contract.runner import upstream
+from stages.dataset.captions import prompt_with_trigger
+from stages.flux2.autoencoder import Autoencoder
+from stages.flux2.identity import decoder_digest, model_of, transformer_digest
+from stages.flux2.sampler import Sampling, initial_noise, sample, uses_empty_prompt
+from stages.flux2.transformer import Transformer
+from stages.lora.formats.read import read
+from stages.lora.layer import Factors
+from stages.lora.merge import applied
+from stages.stores.embeddings import EmbeddingReader, EmbeddingRow
+from stages.stores.tables import read_table
+from stages.stores.tensors import load, to_mlx
+from stages.training.data import embedding_row, widened
+
+VERSION = 1
+FOLDER = "fragments/previews"
+NO_LORA = "none"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn: prompts with their embeddings, and how. `weights` are the digests of transformer and decoder."""
+
+    prompts: Sequence[tuple[str, EmbeddingRow]]
+    empty: EmbeddingRow
+    size: int
+    seed: int
+    sampling: Sampling
+    weights: Mapping[str, str]
+
+    def keys(self, lora_digest: str) -> list[str]:
+        """Return the key of each prompt's picture with the LoRA of that tensor digest (`NO_LORA` without)."""
+        how = {
+            "version": VERSION,
+            "lora": lora_digest,
+            "size": self.size,
+            "seed": self.seed,
+            "steps": self.sampling.steps,
+            "guidance": self.sampling.guidance,
+            "distilled": self.sampling.distilled,
+            "empty": self.empty.sha256,
+            **self.weights,
+        }
+        return [digest_of("picture", {**how, "prompt": row.sha256}) for _, row in self.prompts]
+
+
+def scene_of(job: Job) -> Scene:
+    """Return what the job's previews show. Raises Stale when its prompts have not been encoded."""
+    _, folder = upstream(job, "encode-text")
+    prompts = [prompt_with_trigger(text, job.config.validate.trigger) for text in job.config.preview.prompts]
+    rows = read_table(folder / "index.parquet", EMBEDDING_INDEX)
+    encoded = {row["text"]: embedding_row(row) for row in rows if row["role"] == "prompt"}
+    model, settings = model_of(job), job.config.preview
+    sampling = Sampling(
+        steps=settings.steps or model.variant.preview_steps,
+        guidance=model.variant.preview_guidance if settings.guidance is None else settings.guidance,
+        distilled=model.variant.distilled,
+    )
+    return Scene(
+        prompts=[(text, encoded[text]) for text in prompts],
+        empty=next(embedding_row(row) for row in rows if row["role"] == "empty"),
+        size=settings.size,
+        seed=settings.seed,
+        sampling=sampling,
+        weights={"transformer": transformer_digest(job, model), "decoder": decoder_digest(job, model)},
+    )
+
+
+def picture_name(key: str) -> str:
+    """Return the path of a picture below the store."""
+    return f"{FOLDER}/{key}.png"
+
+
+class Painter:
+    """Draws the pictures of a scene that no store has yet.
+
+    `transformer` and `decoder` are called at the first picture that must be drawn: an unchanged scene loads nothing.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Path],
+        scene: Scene,
+        transformer: Callable[[], Transformer],
+        decoder: Callable[[], Autoencoder],
+    ) -> None:
+        self._stores = tuple(stores)
+        self._scene = scene
+        self._transformer = transformer
+        self._decoder = decoder
+        self._reader = EmbeddingReader(stores)
+
+    def missing(self, lora_digest: str) -> list[str]:
+        """Return the keys of the pictures that must be drawn for that LoRA."""
+        return [key for key in self._scene.keys(lora_digest) if find_picture(self._stores, key) is None]
+
+    def paint(self, lora: Path | None, lora_digest: str, *, on_step: Callable[[int], None] | None = None) -> int:
+        """Draw and store what is missing with the LoRA file `lora` (None: without); return how many were drawn.
+
+        The file is read as a stranger's would be. Raises Damaged when it is not a LoRA of this model.
+        """
+        missing = set(self.missing(lora_digest))
+        if not missing:
+            return 0
+        transformer = self._transformer()
+        factors = {} if lora is None else load_lora(lora, transformer)
+        with applied(transformer, factors):
+            for key, (_, row) in zip(self._scene.keys(lora_digest), self._scene.prompts, strict=True):
+                if key in missing:
+                    self._store(key, self._picture(transformer, row, on_step))
+        return len(missing)
+
+    def _picture(
+        self, transformer: Transformer, prompt: EmbeddingRow, on_step: Callable[[int], None] | None
+    ) -> np.ndarray:
+        """Return one picture [H, W, 3] uint8."""
+        scene = self._scene
+        side = scene.size // 16
+        noise = initial_noise(scene.seed, transformer.config.in_channels, side, side)
+        empty = self._embedding(scene.empty) if uses_empty_prompt(transformer, scene.sampling) else None
+        latent = sample(transformer, noise, self._embedding(prompt), empty, scene.sampling, on_step)
+        pixels = self._decoder().decode(latent)[0].transpose(1, 2, 0)
+        picture = mx.round(mx.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255).astype(mx.uint8)
+        mx.eval(picture)
+        return np.array(picture)
+
+    def _embedding(self, row: EmbeddingRow) -> mx.array:
+        return mx.array(widened(self._reader.read(row), row.dtype))[None]
+
+    def _store(self, key: str, picture: np.ndarray) -> None:
+        with workspace(self._stores[0]) as space:
+            path = space / "picture.png"
+            save_png(picture, path, {"key": key, "pixels": sha256_bytes(picture.tobytes())})
+            publish_file(path, self._stores[0] / picture_name(key))
+
+
+def load_lora(path: Path, transformer: Transformer) -> Factors:
+    """Return the factors of a LoRA file in any known format. Raises Damaged when it does not fit the model."""
+    file = load(path)
+    tensors = {name: to_mlx(tensor) for name, tensor in file.tensors.items()}
+    return read(tensors, file.metadata, transformer.config, str(path))
+
+
+def find_picture(stores: Sequence[Path], key: str) -> Path | None:
+    """Return a stored picture, proved by the digest of its pixels that it carries; None when absent or damaged."""
+    from PIL import Image
+
+    path = holder(picture_name(key), stores) / picture_name(key)
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.load()
+            whole = picture.info.get("key") == key and picture.info.get("pixels") == sha256_bytes(picture.tobytes())
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return path if whole else None
+
+
+def write_grid(stores: Sequence[Path], scene: Scene, lora_digest: str, path: Path) -> None:
+    """Write the labelled grid of a step's pictures; only several prompts have one."""
+    pictures = [find_picture(stores, key) for key in scene.keys(lora_digest)]
+    save_png(grid([_open(each) for each in pictures if each], [text for text, _ in scene.prompts]), path, {})
+
+
+def place(job: Job, scene: Scene, lora_digest: str, step: int) -> None:
+    """Put a step's pictures into the run folder while training goes on, and make it the latest."""
+    singles = results.previews(step, len(scene.prompts))
+    for name, key in zip(singles, scene.keys(lora_digest), strict=True):
+        if picture := find_picture(job.stores, key):
+            restore_file(picture, job.run_folder / name, job.digests)
+    whole = job.run_folder / results.preview(step)
+    if len(singles) > 1:
+        with workspace(job.store) as space:
+            write_grid(job.stores, scene, lora_digest, space / whole.name)
+            restore_file(space / whole.name, whole, job.digests)
+    restore_file(whole, job.run_folder / results.LATEST_PREVIEW, job.digests)
+
+
+def _open(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path, formats=("PNG",)) as picture:
+        return np.array(picture.convert("RGB"))

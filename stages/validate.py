@@ -1,0 +1,110 @@
+"""validate: open, decode, hash and bucket every picture; list every fault; write the tables all else starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from schemas.errors import Fault, RejectedInput, Stale
+from schemas.manifest import Manifest
+from stages.contract.artifacts import Built, Plan
+from stages.contract.digests import digest_of
+from stages.contract.job import Job
+from stages.dataset.discover import listing
+from stages.dataset.pixels import PLAN_VERSION
+from stages.flux2.identity import model_of
+
+DATASET = "dataset.parquet"
+CAPTIONS = "captions.parquet"
+REPORT = "report.json"
+
+
+class Validate:
+    """Reads a folder of pictures and captions; its roles are what the encoders and training read of them."""
+
+    name = "validate"
+    version = 1
+
+    def plan(self, job: Job) -> Plan:
+        """Key the settings, the text length that buckets prefer, and every file's path and content."""
+        settings = msgspec.to_builtins(job.config.validate)
+        del settings["dataset"]
+        settings["text_length"] = model_of(job).variant.text_encoder.length
+        settings["plan_version"] = PLAN_VERSION
+        paths = listing(job.dataset)
+        digests = job.digests.files([job.dataset / path for path in paths])
+        return Plan(settings, {"folder": digest_of("folder", list(zip(paths, digests, strict=True)))})
+
+    def build(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Decode everything once; publish nothing when anything is wrong, unless `skip_bad`."""
+        from schemas import tables
+        from stages.console.messages import statistics_table
+        from stages.console.progress import progress
+        from stages.dataset.items import build_items
+        from stages.stores.tables import write_table
+
+        with progress(self.name, total=None, quiet=job.flags.quiet) as bar:
+            dataset = build_items(job.dataset, job.config.validate, plan.params["text_length"], bar.reach)
+        if dataset.faults and not job.config.validate.skip_bad:
+            raise RejectedInput.of(dataset.faults)
+        if not dataset.items:
+            raise RejectedInput(
+                "dataset.empty",
+                "no picture is left to train on",
+                where=str(job.dataset),
+                fix="mend the pictures that were left out",
+            )
+        if self.plan(job).inputs != plan.inputs:
+            raise Stale(
+                "dataset.moving",
+                "the dataset changed while it was read",
+                where=str(job.dataset),
+                fix="run the same command again",
+            )
+        findings = [*dataset.faults, *(Fault(code="dataset.warning", what=line) for line in dataset.warnings)]
+        for finding in findings:
+            job.warn(finding.what if finding.code == "dataset.warning" else f"left out: {finding.line()}")
+        statistics_table(dataset.statistics)
+        names = tables.DATASET.columns
+        rows = [
+            {name: value for name, value in msgspec.structs.asdict(item).items() if name in names}
+            for item in dataset.items
+        ]
+        write_table(work / DATASET, tables.DATASET, [{**row, "crop": list(row["crop"])} for row in rows])
+        texts = sorted(dataset.captions.items())
+        write_table(work / CAPTIONS, tables.CAPTIONS, [{"caption_id": name, "text": text} for name, text in texts])
+        report = {"findings": findings, "statistics": dataset.statistics}
+        (work / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+        statistics = dataset.statistics
+        counts = {"images": statistics.images, "accepted": statistics.accepted, "rejected": statistics.rejected}
+        return Built(_roles(rows, texts), {**counts, "warnings": len(dataset.warnings), "items": len(rows)})
+
+    def reused(self, manifest: Manifest) -> Mapping[str, int]:
+        """The pictures are what they were."""
+        return manifest.counts
+
+    def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
+        """Leave nothing in the run folder: the tables are in the store."""
+
+    def findings(self, folder: Path) -> list[Fault]:
+        """Return what the report in an artifact's folder lists: warnings, and what was left out."""
+        return msgspec.json.decode((folder / REPORT).read_bytes(), type=_Report).findings
+
+
+class _Report(msgspec.Struct):
+    findings: list[Fault]
+
+
+def _roles(rows: list[dict[str, object]], texts: list[tuple[str, str]]) -> dict[str, str]:
+    """Digest what each later stage reads: never a path."""
+    pictures = ("item_id", "image_sha256", "bucket_width", "bucket_height", "crop", "background")
+    return {
+        "pictures": digest_of("pictures", [[row[name] for name in pictures] for row in rows]),
+        "captions": digest_of("captions", texts),
+        "items": digest_of("items", [[row["item_id"], row["caption_id"]] for row in rows]),
+    }
+
+
+STAGE = Validate()
