@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from schemas.errors import Fault, RejectedInput
+from stages.stores.tables import read_texts
 
 PICTURE_COLUMN = "file_name"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -65,13 +66,7 @@ def read_rows(path: Path, where: str) -> Iterator[Row | Fault]:
         case ".csv":
             yield from _csv_rows(data, where)
         case _:
-            yield _fault(
-                where,
-                "table.format",
-                "this table format is not read",
-                "expected JSON lines or CSV",
-                fix="write it as metadata.jsonl with the fields file_name and text",
-            )
+            yield from _parquet_rows(path, where)
 
 
 def decode_line(data: bytes, where: str) -> Line:
@@ -128,6 +123,16 @@ def _csv_rows(data: bytes, where: str) -> Iterator[Row | Fault]:
                 yield _row(here, named[PICTURE_COLUMN], present)
     except csv.Error as error:
         yield _fault(f"{where} line {reader.line_num}", "table.not_csv", "not valid CSV", str(error))
+
+
+def _parquet_rows(path: Path, where: str) -> Iterator[Row | Fault]:
+    try:
+        rows = read_texts(path, (PICTURE_COLUMN, *CAPTION_COLUMNS))
+    except RejectedInput as error:
+        yield msgspec.structs.replace(error.faults[0], where=where)
+        return
+    for number, cells in enumerate(rows, 1):
+        yield _row(f"{where} row {number}", cells.pop(PICTURE_COLUMN, None), cells)
 
 
 def _row(where: str, file_name: str | None, captions: dict[str, str]) -> Row | Fault:
