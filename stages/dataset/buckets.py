@@ -71,6 +71,7 @@ def choose(
     return tuple(Bucket(*shape, centre_crop(width, height, shape)) for shape in shapes)
 
 
+@lru_cache(maxsize=65536)
 def fills(width: int, height: int, resolution: int) -> bool:
     """Return whether the picture covers a bucket of this resolution without being enlarged."""
     return bool(_fitting(width, height, resolution, upscale=False))

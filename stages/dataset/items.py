@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from schemas.base import Strict
-from schemas.errors import Fault, RejectedInput
+from schemas.errors import Fault, RejectedInput, printable
 from schemas.validate import Validate
 from stages.contract.digests import digest_of
 from stages.dataset.buckets import choose, fills, shape_fault
@@ -45,7 +45,7 @@ class Item(Strict, frozen=True):
 
 
 class Dataset(Strict, frozen=True):
-    """Items sorted by id, captions by id (after the trigger), and everything there is to say about the rest."""
+    """Items and captions (after the trigger) sorted by id, faults by file, and all there is to say about the rest."""
 
     items: list[Item]
     captions: dict[str, str]
@@ -77,9 +77,10 @@ def build_items(folder: Path, config: Validate, text_length: int, on_progress: C
     items = _items_of(accepted, texts, config, text_length)
     return Dataset(
         items=items,
-        captions={caption_id(texts[picture]): texts[picture] for picture in accepted},
-        faults=[*faults, *trigger_faults],
-        warnings=[*captions.warnings, *_warnings(accepted, texts, config)],
+        captions=dict(sorted((caption_id(texts[picture]), texts[picture]) for picture in accepted)),
+        faults=sorted([*faults, *trigger_faults], key=lambda fault: (fault.where, fault.code)),
+        # File names go to a terminal from here.
+        warnings=[printable(line) for line in [*captions.warnings, *_warnings(accepted, texts, config)]],
         statistics=_measure(found, accepted, texts, items, config),
     )
 

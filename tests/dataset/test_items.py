@@ -144,6 +144,13 @@ def test_folder_is_left_exactly_as_it_was(tmp_path: Path) -> None:
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*")} == before
 
 
+def test_file_names_cannot_drive_a_terminal(tmp_path: Path) -> None:
+    dataset = build(write(tmp_path, {"\x1b[2J.png": png(40, 40), "\x1b[2J.txt": "x", "\x1b[2J\n.jpg": b""}))
+    lines = [*dataset.warnings, *(fault.line() for fault in dataset.faults)]
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+
+
 def test_empty_dataset_is_a_fault(tmp_path: Path) -> None:
     (fault,) = build(write(tmp_path, {"readme.md": "x"})).faults
     assert (fault.code, fault.why) == ("dataset.empty", "1 other files ignored")
