@@ -68,17 +68,21 @@ def read(
 def _sort(tensors: Mapping[str, mx.array], config: TransformerConfig) -> tuple[dict[Place, Parts], list[Fault]]:
     """Put every tensor in its place; list those that have none, or share one."""
     spellings = bfl.spellings(config) | diffusers.spellings(config) | kohya.spellings(config)
-    parts: dict[Place, Parts] = defaultdict(dict)
+    parts: dict[Place, Parts] = {}
+    whole: dict[str, bool] = {}
     unknown, twice = [], []
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
         place = spellings.get(key.removesuffix(suffix)) if suffix else None
         if place is None:
             unknown.append(key)
-        elif SUFFIXES[suffix] in parts[place] or (place.third is not None and Place(place.module) in parts):
+            continue
+        # One linear is adapted either as a whole or by thirds, and each half of an adapter is given once.
+        mixed = whole.setdefault(place.module, place.third is None) != (place.third is None)
+        if mixed or SUFFIXES[suffix] in parts.get(place, {}):
             twice.append(key)
         else:
-            parts[place][SUFFIXES[suffix]] = tensor
+            parts.setdefault(place, {})[SUFFIXES[suffix]] = tensor
     empty = [Fault(code="lora.empty", what="no adapter of this model in the file")]
     return parts, [
         *_fault("lora.unknown_key", "names fit no linear of this model", unknown),
