@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 
 from schemas.errors import Fault, RejectedInput
-from stages.stores.tables import read_texts
 
 PICTURE_COLUMN = "file_name"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -126,6 +125,8 @@ def _csv_rows(data: bytes, where: str) -> Iterator[Row | Fault]:
 
 
 def _parquet_rows(path: Path, where: str) -> Iterator[Row | Fault]:
+    from stages.stores.tables import read_texts
+
     try:
         rows = read_texts(path, (PICTURE_COLUMN, *CAPTION_COLUMNS))
     except RejectedInput as error:
