@@ -115,7 +115,7 @@ def read_json(path: Path, kind: type[Decoded]) -> Decoded:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
-        _damaged("config", "not the configuration of a FLUX.2 part", path, why=str(error))
+        _damaged("config", "not the JSON that a FLUX.2 model has here", path, why=str(error))
 
 
 def read_transformer(path: Path) -> TransformerConfig:

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from schemas.errors import BadConfig, Damaged
+from schemas.run import Model
+from stages.flux2 import load, names, shapes
+from stages.flux2.autoencoder import Autoencoder
+from stages.flux2.folder import ModelFiles, open_model
+from stages.flux2.micro import make_micro
+from stages.flux2.shapes import Shapes
+from stages.flux2.text.qwen3 import Qwen3
+from stages.flux2.transformer import Transformer
+from stages.flux2.variants import DEV, KLEIN_4B, MICRO, MISTRAL_24B, QWEN3_4B, AutoencoderConfig
+from stages.stores import tensors
+from stages.stores.tensors import Tensor
+
+SMALL_DECODER = AutoencoderConfig(decoder_block_out_channels=(96, 192, 384, 384), mid_block_add_attention=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "flux2-micro"
+    make_micro(path)
+    return path
+
+
+@pytest.fixture
+def model(folder: Path) -> ModelFiles:
+    return open_model(Model(), folder.parent, lambda _: folder)
+
+
+def parameters(module: nn.Module) -> Shapes:
+    return {name: array.shape for name, array in tree_flatten(module.parameters())}
+
+
+def in_mlx(expected: Shapes) -> Shapes:
+    """Shapes in files -> shapes in modules: convolutions [O, I, kh, kw] are [O, kh, kw, I]."""
+    return {name: (s[0], s[2], s[3], s[1]) if len(s) == 4 else s for name, s in expected.items()}
+
+
+@pytest.mark.parametrize("config", [MICRO.transformer, KLEIN_4B, DEV])
+def test_transformer_module_is_the_table(config: object) -> None:
+    assert parameters(Transformer(config)) == shapes.transformer_shapes(config)
+
+
+@pytest.mark.parametrize("config", [MICRO.autoencoder, AutoencoderConfig(), SMALL_DECODER])
+@pytest.mark.parametrize(("encoder", "decoder"), [(True, True), (True, False), (False, True)])
+def test_autoencoder_module_is_the_table(config: AutoencoderConfig, *, encoder: bool, decoder: bool) -> None:
+    expected = shapes.autoencoder_shapes(config, encoder=encoder, decoder=decoder)
+    assert parameters(Autoencoder(config, encoder=encoder, decoder=decoder)) == in_mlx(expected)
+
+
+@pytest.mark.parametrize("config", [MICRO.text_encoder, QWEN3_4B])
+def test_text_encoder_module_is_the_table(config: object) -> None:
+    assert parameters(Qwen3(config)) == shapes.text_encoder_shapes(config)
+
+
+def test_loaded_modules_hold_the_files_values(model: ModelFiles) -> None:
+    transformer = load.load_transformer(model, mx.float32)
+    file = tensors.load(model.transformer[0]).tensors
+    qkv = dict(tree_flatten(transformer.parameters()))["double_blocks.1.img_attn.qkv.weight"]
+    rows = [file[f"transformer_blocks.1.attn.{part}.weight"] for part in ("to_q", "to_k", "to_v")]
+    assert np.array_equal(np.array(qkv), np.concatenate([np.array(tensors.to_mlx(row, mx.float32)) for row in rows]))
+    autoencoder = load.load_autoencoder(model, encoder=True, decoder=True)
+    stored = tensors.load(model.autoencoder[0]).tensors["decoder.up_blocks.0.resnets.0.conv1.weight"]
+    found = autoencoder.decoder.up[3].block[0].conv1.weight
+    assert np.array_equal(np.array(found), np.array(tensors.to_mlx(stored, mx.float32)).transpose(0, 2, 3, 1))
+
+
+def test_weights_have_the_type_asked_for(model: ModelFiles) -> None:
+    for dtype in (mx.bfloat16, mx.float32):
+        for module in (load.load_transformer(model, dtype), load.load_text_encoder(model, dtype)):
+            assert {array.dtype for _, array in tree_flatten(module.parameters())} == {dtype}
+    autoencoder = load.load_autoencoder(model, encoder=True, decoder=True)
+    assert {array.dtype for _, array in tree_flatten(autoencoder.parameters())} == {mx.float32}
+
+
+def test_loading_never_holds_a_second_model(model: ModelFiles) -> None:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    module = load.load_transformer(model, mx.bfloat16)
+    arrays = [array for _, array in tree_flatten(module.parameters())]
+    size, largest = sum(array.nbytes for array in arrays), max(array.nbytes for array in arrays)
+    assert mx.get_peak_memory() - before < size + 2 * largest
+
+
+DIGESTS = (
+    load.transformer_digest,
+    load.autoencoder_encoder_digest,
+    load.autoencoder_decoder_digest,
+    load.text_encoder_digest,
+)
+
+
+def respell(paths: tuple[Path, ...], expected: Shapes, component: names.Component, target: Path) -> tuple[Path, ...]:
+    """Write diffusers' file as BFL writes it, with BFL's 1x1 convolutions for the autoencoder's attention."""
+    file = tensors.load(paths[0]).tensors
+    canonical: dict[str, Tensor] = {}
+    for name in expected:
+        pieces = component.spellings[1](name)
+        rows = [np.split(file[piece.name].data, piece.of)[piece.index] for piece in pieces]
+        data = np.concatenate(rows)
+        if "attn_1" in name and data.ndim == 2:
+            data = data[..., None, None]
+        canonical[name] = Tensor(file[pieces[0].name].dtype, data)
+    tensors.save(target, canonical, {})
+    return (target,)
+
+
+def test_single_files_of_the_same_weights_have_the_same_digests(model: ModelFiles, tmp_path: Path) -> None:
+    config = model.variant.autoencoder
+    expected = shapes.transformer_shapes(model.variant.transformer)
+    whole = names.autoencoder(config, encoder=True, decoder=True)
+    single = dataclasses.replace(
+        model,
+        transformer=respell(model.transformer, expected, names.TRANSFORMER, tmp_path / "t.safetensors"),
+        autoencoder=respell(model.autoencoder, shapes.autoencoder_shapes(config), whole, tmp_path / "a.safetensors"),
+    )
+    assert [digest(single) for digest in DIGESTS] == [digest(model) for digest in DIGESTS]
+    loaded = [load.load_autoencoder(each, encoder=True, decoder=True) for each in (model, single)]
+    first, second = (dict(tree_flatten(module.parameters())) for module in loaded)
+    assert all(mx.array_equal(first[name], second[name]).item() for name in first)
+
+
+def with_change(model: ModelFiles, name: str, target: Path) -> ModelFiles:
+    file = tensors.load(model.autoencoder[0])
+    old = file.tensors[name]
+    data = old.data.copy()
+    data.reshape(-1)[0] += 1
+    tensors.save(target, file.tensors | {name: Tensor(old.dtype, data)}, file.metadata)
+    return dataclasses.replace(model, autoencoder=(target,))
+
+
+@pytest.mark.parametrize(
+    ("name", "moves_encoder", "moves_decoder"),
+    [
+        ("encoder.conv_in.weight", True, False),
+        ("quant_conv.bias", True, False),
+        ("decoder.conv_out.bias", False, True),
+        ("post_quant_conv.weight", False, True),
+        ("bn.running_var", True, True),
+        ("bn.num_batches_tracked", False, False),
+    ],
+)
+def test_digest_of_a_half_moves_with_what_it_reads(
+    model: ModelFiles, tmp_path: Path, name: str, *, moves_encoder: bool, moves_decoder: bool
+) -> None:
+    changed = with_change(model, name, tmp_path / "a.safetensors")
+    assert (load.autoencoder_encoder_digest(changed) != load.autoencoder_encoder_digest(model)) == moves_encoder
+    assert (load.autoencoder_decoder_digest(changed) != load.autoencoder_decoder_digest(model)) == moves_decoder
+
+
+def test_swapped_parts_are_refused_by_name(model: ModelFiles) -> None:
+    swapped = dataclasses.replace(
+        model, transformer=model.autoencoder, autoencoder=model.text_encoder, text_encoder=model.transformer
+    )
+    with pytest.raises(Damaged, match=r"found a FLUX\.2 autoencoder"):
+        load.load_transformer(swapped, mx.float32)
+    with pytest.raises(Damaged, match="found a language model of width 64 with 28 layers"):
+        load.load_autoencoder(swapped, encoder=True, decoder=False)
+    with pytest.raises(Damaged, match=r"found a FLUX\.2 transformer of width 192"):
+        load.load_text_encoder(swapped, mx.float32)
+
+
+def test_truncated_weights_are_an_error_never_zeros(model: ModelFiles, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(model.transformer[0].read_bytes())
+    cut = dataclasses.replace(model, transformer=(path,))
+    for size in np.linspace(path.stat().st_size - 1, 0, 25).astype(int):
+        os.truncate(path, size)
+        with pytest.raises(Damaged, match=r"tensors\.truncated"):
+            load.load_transformer(cut, mx.float32)
+
+
+def test_text_encoder_of_dev_is_said_to_be_unsupported(model: ModelFiles) -> None:
+    dev = dataclasses.replace(model, variant=dataclasses.replace(model.variant, text_encoder=MISTRAL_24B))
+    with pytest.raises(BadConfig, match=r"model\.text_encoder_unsupported"):
+        load.load_text_encoder(dev, mx.float32)
