@@ -11,9 +11,10 @@ Column = Literal["string", "int32", "bool", "box", "large_binary"]
 
 
 class Table(Strict, frozen=True):
-    """A table's columns in order, and those that together identify a row (none: rows may repeat)."""
+    """A table's columns in order, those that together identify a row (none: rows may repeat), and who writes it."""
 
     name: str
+    stage: str
     columns: dict[str, Column]
     unique: tuple[str, ...]
 
@@ -23,6 +24,7 @@ class Table(Strict, frozen=True):
 # under a transparent picture, "" for an opaque one.
 DATASET = Table(
     name="dataset.parquet",
+    stage="validate",
     columns={
         "item_id": "string",
         "path": "string",
@@ -39,11 +41,17 @@ DATASET = Table(
 )
 
 # Each different caption once; `text` is what trains, after the trigger is in.
-CAPTIONS = Table(name="captions.parquet", columns={"caption_id": "string", "text": "string"}, unique=("caption_id",))
+CAPTIONS = Table(
+    name="captions.parquet",
+    stage="validate",
+    columns={"caption_id": "string", "text": "string"},
+    unique=("caption_id",),
+)
 
 # Where each item's latent [channels, height, width] lies; `fragment` is a path below the store.
 LATENT_INDEX = Table(
     name="index.parquet",
+    stage="encode-latents",
     columns={
         "item_id": "string",
         "flip": "bool",
@@ -62,6 +70,7 @@ LATENT_INDEX = Table(
 # Where each text's embedding [length, width] lies; `role` is caption, empty or prompt; `tokens` are not padding.
 EMBEDDING_INDEX = Table(
     name="index.parquet",
+    stage="encode-text",
     columns={
         "caption_id": "string",
         "role": "string",
@@ -80,5 +89,8 @@ EMBEDDING_INDEX = Table(
 
 # A part of embeddings; `data` holds length x width values, row-major, little-endian.
 EMBEDDING_PART = Table(
-    name="part", columns={"embedding_key": "string", "data": "large_binary"}, unique=("embedding_key",)
+    name="part",
+    stage="encode-text",
+    columns={"embedding_key": "string", "data": "large_binary"},
+    unique=("embedding_key",),
 )

@@ -1,20 +1,18 @@
 """Fragments: immutable, content-named groups of records that artifacts refer to, below `<store>/fragments/`.
 
-What latents and embeddings share: where a fragment lies, that nothing on the way to it is a link, and how damage is
-told. A fragment's path comes from a table, so it is checked before it is followed.
+What latents and embeddings share: where a fragment lies, that nothing on the way to it is a link, and how a record
+lies in it. A fragment's path comes from a table, so it is checked before it is followed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from schemas.errors import Damaged
+from stages.stores.blame import Blame
 
 MOST_RECORDS = 64
 ROOT = "fragments"
@@ -40,29 +38,19 @@ class Kind:
         digest = fragment.removeprefix(f"{ROOT}/{self.name}/").removesuffix(self.suffix)
         return len(digest) == 64 and set(digest) <= set("0123456789abcdef") and fragment == self.path(digest)
 
-
-@dataclass(frozen=True)
-class Blame:
-    """What an error about a fragment names: the fragment, the record where one was asked for, and the remedy."""
-
-    kind: Kind
-    fragment: str
-    record: str = ""
-
-    def error(self, code: str, what: str, why: str = "") -> Damaged:
-        """Return the error `<kind>.<code>`."""
-        record = f", record {self.record}" if self.record else ""
-        fix = f"flux2-lora {self.kind.stage} --config ... --force"
-        return Damaged(f"{self.kind.name}.{code}", what, where=f"{self.fragment}{record}", why=why, fix=fix)
+    def blame(self, fragment: str, record: str = "") -> Blame:
+        """Return what errors about a fragment, or one of its records, name."""
+        where = f"{fragment}, record {record}" if record else fragment
+        return Blame(self.name, where, f"flux2-lora {self.stage} --config ... --force")
 
 
-def locate(stores: Sequence[Path], blame: Blame) -> Path:
-    """Return where the fragment lies: in the first of `stores` that has it. Raises Damaged when absent or unsafe."""
-    if not blame.kind.names(blame.fragment):
-        why = f"expected {blame.kind.path('<64 hex digits>')}, found {blame.fragment}"
+def locate(stores: Sequence[Path], kind: Kind, fragment: str, blame: Blame) -> Path:
+    """Return where `fragment` lies: in the first of `stores` that has it. Raises Damaged when absent or unsafe."""
+    if not kind.names(fragment):
+        why = f"expected {kind.path('<64 hex digits>')}, found {fragment}"
         raise blame.error("bad_path", "not a fragment's path", why)
     for store in stores:
-        path = store / blame.fragment
+        path = store / fragment
         if path.exists() or path.is_symlink():
             refuse_links(store, path, blame)
             return path
@@ -76,42 +64,6 @@ def refuse_links(store: Path, path: Path, blame: Blame) -> None:
             return
         if each.is_symlink():
             raise blame.error("symlink", "a symbolic link inside the store", f"expected a real {each.name}")
-
-
-def file_size(path: Path, blame: Blame) -> int:
-    """Return the size in bytes of a regular file. Raises Damaged for anything else."""
-    try:
-        status = path.lstat()
-    except OSError as error:
-        raise blame.error("absent", f"{path.name} is missing", error.strerror or "") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise blame.error("not_a_file", f"{path.name} is not a regular file")
-    return status.st_size
-
-
-def read_bytes(path: Path, offset: int, length: int, blame: Blame) -> bytearray:
-    """Return exactly `length` bytes from `offset` on.
-
-    Read rather than mapped: a file that shrinks or a disk that fails under a map kills the process.
-    """
-    data = bytearray(length)
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            found = file.readinto(data)
-    except OSError as error:
-        raise blame.error("unreadable", f"cannot read {path.name}", error.strerror or "") from error
-    if found != length:
-        raise blame.error("truncated", f"{path.name} ends early", f"expected {length} bytes, found {found}")
-    return data
-
-
-def checked_record(data: bytearray | memoryview, sha256: str, blame: Blame) -> bytearray | memoryview:
-    """Return `data` when its sha256 is the recorded one, else raise Damaged."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise blame.error("digest", "the record's bytes differ", f"expected sha256 {sha256}, found {found}")
-    return data
 
 
 def raw_bytes(array: np.ndarray, dtype: str) -> bytes:

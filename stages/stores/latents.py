@@ -20,19 +20,8 @@ from schemas.base import Strict
 from schemas.errors import Damaged
 from stages.contract.digests import canonical_json, digest_of, sha256_bytes
 from stages.contract.publish import publish_folder, workspace
-from stages.stores.fragments import (
-    LAYOUTS,
-    ROOT,
-    Blame,
-    Kind,
-    check_keys,
-    checked_record,
-    file_size,
-    locate,
-    raw_bytes,
-    read_bytes,
-    refuse_links,
-)
+from stages.stores.blame import Blame, check_crc32c, check_sha256, file_size, read_bytes
+from stages.stores.fragments import LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes
 
 KIND = Kind(name="latents", suffix="", stage="encode-latents")
 METADATA = "zarr.json"
@@ -134,8 +123,8 @@ def write_latents(
 ) -> list[LatentRow]:
     """Publish one fragment of (latent_key, latent [C, H, W]) and return its rows, in order.
 
-    Latents are float32, or for bfloat16 uint16 bits. A damaged fragment of the same name is
-    replaced. Raises ValueError for more than 64 records, a key twice, or shapes and dtypes that differ.
+    Latents are float32, or for bfloat16 uint16 bits. A damaged fragment of the same name is replaced. Raises
+    ValueError for more than 64 records, a key twice, or shapes and dtypes that differ.
     """
     check_keys([key for key, _ in records])
     shapes = {latent.shape for _, latent in records}
@@ -157,7 +146,7 @@ def _write_array(folder: Path, array: Array, latents: list[np.ndarray]) -> None:
     # zarr would leave out a sample of zeros, and an absent one cannot be told from a lost one.
     with zarr.config.set({"array.write_empty_chunks": True}):
         zarr.open_array(folder, mode="r+")[...] = np.stack(latents)
-    _check_size(folder / SHARD, array, Blame(KIND, array.fragment()))
+    _check_size(folder / SHARD, array, KIND.blame(array.fragment()))
 
 
 def fragment_files(store: Path, fragment: str) -> list[Path]:
@@ -172,29 +161,29 @@ def scan_latents(store: Path) -> dict[str, LatentRow]:
     """
     found: list[tuple[int, str, Array]] = []
     for folder in (store / ROOT / KIND.name).glob("*"):
-        blame = Blame(KIND, KIND.path(folder.name))
+        fragment = KIND.path(folder.name)
+        blame = KIND.blame(fragment)
         try:
-            locate([store], blame)
-            array = _open(store, blame)
+            array = _open(locate([store], KIND, fragment, blame), fragment, blame)
         except Damaged:
             continue
-        found.append(((folder / SHARD).stat().st_mtime_ns, blame.fragment, array))
+        found.append(((folder / SHARD).stat().st_mtime_ns, fragment, array))
     found.sort(key=lambda each: each[:2])
     return {row.latent_key: row for _, _, array in found for row in array.rows()}
 
 
-def _open(store: Path, blame: Blame) -> Array:
+def _open(folder: Path, fragment: str, blame: Blame) -> Array:
     """Return the checked metadata of a fragment whose files are there, regular and of the exact size."""
-    metadata, shard = fragment_files(store, blame.fragment)
+    metadata = folder / METADATA
     size = file_size(metadata, blame)
     if size > MOST_METADATA_BYTES:
         raise blame.error("metadata", f"{METADATA} is not this fragment's", f"{size} bytes")
-    array = _parse(bytes(read_bytes(metadata, 0, size, blame)), blame)
-    _check_size(shard, array, blame)
+    array = _parse(read_bytes(metadata, 0, size, blame), fragment, blame)
+    _check_size(folder / SHARD, array, blame)
     return array
 
 
-def _parse(data: bytes, blame: Blame) -> Array:
+def _parse(data: bytes, fragment: str, blame: Blame) -> Array:
     try:
         array = msgspec.json.decode(data, type=Array)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -202,7 +191,7 @@ def _parse(data: bytes, blame: Blame) -> Array:
     if array.shape[0] != len(array.attributes.records) or min(array.shape) < 1:
         why = f"shape {array.shape}, {len(array.attributes.records)} records"
         raise blame.error("metadata", f"{METADATA} contradicts itself", why)
-    if array.fragment() != blame.fragment or array.document() != data:
+    if array.fragment() != fragment or array.document() != data:
         raise blame.error("metadata", f"{METADATA} is not this fragment's", "expected the records it is named by")
     return array
 
@@ -223,23 +212,22 @@ class LatentReader:
         self._arrays: dict[str, Array] = {}
 
     def read(self, row: LatentRow) -> np.ndarray:
-        """Return the latent [C, H, W], float32 or the uint16 bits of bfloat16.
+        """Return the latent [C, H, W], float32 or the uint16 bits of bfloat16; it cannot be written to.
 
         Raises Damaged, naming the fragment and the record, when anything differs from what `row` says.
         """
-        blame = Blame(KIND, row.fragment, row.latent_key)
-        folder = locate(self._stores, blame)
-        store = folder.parents[2]
-        refuse_links(store, folder / SHARD, blame)
-        array = self._arrays.get(row.fragment) or _open(store, blame)
+        blame = KIND.blame(row.fragment, row.latent_key)
+        folder = locate(self._stores, KIND, row.fragment, blame)
+        array = self._arrays.get(row.fragment) or _open(folder, row.fragment, blame)
         self._arrays[row.fragment] = array
         if not 0 <= row.row < array.shape[0] or array.row(row.fragment, row.row) != row:
             raise blame.error("row", "the fragment holds another record there", f"row {row.row}")
-        data = checked_record(_read_sample(folder / SHARD, array, row.row, blame), row.sha256, blame)
+        data = _read_sample(folder / SHARD, array, row.row, blame)
+        check_sha256(data, row.sha256, blame)
         return np.frombuffer(data, LAYOUTS[row.dtype]).reshape(array.shape[1:])
 
 
-def _read_sample(shard: Path, array: Array, row: int, blame: Blame) -> bytearray:
+def _read_sample(shard: Path, array: Array, row: int, blame: Blame) -> bytes:
     _check_size(shard, array, blame)
     index_at = array.shard_bytes - array.index_bytes
     index = np.frombuffer(_unsealed(read_bytes(shard, index_at, array.index_bytes, blame), blame), INDEX_ENTRY)
@@ -249,13 +237,8 @@ def _read_sample(shard: Path, array: Array, row: int, blame: Blame) -> bytearray
     return _unsealed(read_bytes(shard, offset, length, blame), blame)
 
 
-def _unsealed(data: bytearray, blame: Blame) -> bytearray:
-    """Return `data` without the crc32c (little-endian) that ends it."""
-    import google_crc32c
-
-    stored = int.from_bytes(data[-CRC_BYTES:], "little")
-    del data[-CRC_BYTES:]
-    found = google_crc32c.value(bytes(data))
-    if found != stored:
-        raise blame.error("checksum", "bytes of the shard are damaged", f"expected {stored:08x}, found {found:08x}")
-    return data
+def _unsealed(data: bytes, blame: Blame) -> bytes:
+    """Return `data` without the crc32c (little-endian) that ends it, once it holds."""
+    content = data[:-CRC_BYTES]
+    check_crc32c(content, int.from_bytes(data[-CRC_BYTES:], "little"), blame)
+    return content
