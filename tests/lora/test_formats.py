@@ -142,7 +142,7 @@ def test_a_linear_named_twice_is_refused() -> None:
     with pytest.raises(Damaged) as caught:
         read(tensors, metadata, tiny.KLEIN)
     assert codes(caught) == ["lora.twice"]
-    assert caught.value.faults[0].what.startswith("6 names")
+    assert caught.value.faults[0].what.startswith("8 names")
 
 
 @pytest.mark.parametrize(
