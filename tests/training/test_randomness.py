@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from schemas.train import Constant, LogitNormal, Shift, Uniform
+from stages.flux2.flow import training_mu
+from stages.training.randomness import distinct, dropped, integer, noise, uniform
+from stages.training.schedules import learning_rate
+from stages.training.timesteps import Timesteps, draw
+
+ITEMS = [f"item-{index}" for index in range(4000)]
+
+
+def test_draws_are_the_same_in_every_process_and_version() -> None:
+    assert integer(42, 7, "a", "noise") == 0xDF93E1412B5A4038
+    assert uniform(42, 7, "a", "timestep") == 0.7586591696787875
+
+
+@pytest.mark.parametrize(
+    "other", [(43, 7, "a", "noise"), (42, 8, "a", "noise"), (42, 7, "b", "noise"), (42, 7, "a", "order")]
+)
+def test_every_part_of_a_draw_counts(other: tuple) -> None:
+    assert integer(42, 7, "a", "noise") != integer(*other)
+
+
+def test_noise_of_an_item_does_not_depend_on_its_batch() -> None:
+    together = noise(1, 2, ["a", "b"], (3, 2, 2))
+    assert together.shape == (2, 3, 2, 2)
+    assert mx.array_equal(together[1], noise(1, 2, ["b"], (3, 2, 2))[0])
+    assert not mx.array_equal(together[0], together[1])
+
+
+def test_noise_is_standard_normal() -> None:
+    drawn = noise(1, 2, ["a"], (100_000,))
+    assert abs(drawn.mean().item()) < 0.015
+    assert abs(drawn.std().item() - 1) < 0.01
+
+
+def test_an_item_that_comes_again_in_a_window_gets_draws_of_its_own() -> None:
+    assert distinct(["a", "b", "a", "a"]) == ["a", "b", "a#1", "a#2"]
+
+
+def test_captions_are_dropped_at_the_asked_rate_and_never_at_zero() -> None:
+    assert sum(dropped(1, 2, ITEMS, 0.05)) / len(ITEMS) == pytest.approx(0.05, abs=0.01)
+    assert not any(dropped(1, 2, ITEMS, 0.0))
+    assert all(dropped(1, 2, ITEMS, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens", "median", "upper"),
+    [
+        (Uniform(), 1024, 0.5, 0.8413),
+        (LogitNormal(), 1024, 0.5, 0.7311),
+        (LogitNormal(mean=1.0, std=0.5), 1024, 0.7311, 0.8176),
+        (Shift(), 256, 0.6225, 0.8176),
+        (Shift(), 4096, 0.7595, 0.8957),
+    ],
+)
+def test_timesteps_follow_their_distribution(spec: Timesteps, tokens: int, median: float, upper: float) -> None:
+    drawn = draw(spec, 1, 0, ITEMS, tokens)
+    assert drawn.dtype == np.float32
+    assert np.quantile(drawn, [0.5, 0.8413]) == pytest.approx([median, upper], abs=0.02)
+
+
+def test_timesteps_stay_inside_zero_and_one() -> None:
+    drawn = draw(LogitNormal(std=10.0), 1, 0, ITEMS, 16)
+    assert 0 <= drawn.min() < drawn.max() <= 1
+
+
+def test_shift_is_that_of_the_sigma_formula() -> None:
+    plain, shifted = draw(LogitNormal(), 1, 0, ITEMS[:8], 1024), draw(Shift(), 1, 0, ITEMS[:8], 1024)
+    factor = np.exp(training_mu(1024))
+    assert shifted == pytest.approx(plain * factor / (1 + (factor - 1) * plain), rel=1e-6)
+
+
+def test_learning_rate_warms_up_linearly_and_stays() -> None:
+    assert [learning_rate(Constant(warmup_steps=4), 1e-3, step) for step in (0, 1, 3, 4, 1000)] == pytest.approx(
+        [0.25e-3, 0.5e-3, 1e-3, 1e-3, 1e-3]
+    )
+    assert learning_rate(Constant(), 1e-3, 0) == 1e-3
