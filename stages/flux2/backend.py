@@ -32,6 +32,11 @@ class Backend:
     compute_dtype: mx.Dtype
     blas: str | None = None
 
+    def line(self) -> str:
+        """Return one line for the person: device, type and, on CPU, which BLAS."""
+        blas = f", {self.blas}" if self.blas else ""
+        return f"computing on {self.device} in {str(self.compute_dtype).removeprefix('mlx.core.')}{blas}"
+
 
 def prepare() -> Backend:
     """Return the backend, on Linux CPU after giving MLX a fast BLAS. Call it before the first computation.

@@ -7,7 +7,9 @@ control tokens apart from text, so that nothing in a caption can pass for one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
+
+from schemas.errors import BadConfig
 
 PROMPT = "{PROMPT}"
 
@@ -59,4 +61,17 @@ QWEN3 = Template(
     pad=Control("<|endoftext|>"),
 )
 
-TEMPLATES: dict[Literal["qwen3", "mistral3"], Template] = {"qwen3": QWEN3}
+
+def template_of(kind: Literal["qwen3", "mistral3"]) -> Template:
+    """Return the template of a kind of text encoder. Raises `BadConfig` for one that cannot run here yet."""
+    match kind:
+        case "qwen3":
+            return QWEN3
+        case "mistral3":
+            raise BadConfig(
+                "model.text_encoder_unsupported",
+                "text encoders of kind mistral3 cannot run yet",
+                why="expected qwen3",
+                fix="use a klein model",
+            )
+    assert_never(kind)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from schemas.errors import Damaged
 from stages.contract.digests import sha256_file
-from stages.flux2.text.prompts import PROMPT, TEMPLATES, Control, Text
+from stages.flux2.text.prompts import PROMPT, Control, Text, template_of
 from stages.flux2.variants import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -32,8 +32,12 @@ class Tokenizer:
     """A tokenizer file with the prompt template and the sequence length of one text encoder."""
 
     def __init__(self, path: Path, config: TextEncoderConfig) -> None:
-        """Read `tokenizer.json`. Raises `Damaged` if it is absent, no tokenizer, or not one for this encoder."""
-        self._template = TEMPLATES[config.kind]
+        """Read `tokenizer.json`.
+
+        Raises `Damaged` if it is absent, no tokenizer, or not one for this encoder; `BadConfig` for an encoder of a
+        kind that cannot run here yet.
+        """
+        self._template = template_of(config.kind)
         self._length = config.length
         self._plain, self._ids = _read(path)
         missing = sorted({control.spelling for control in self._template.controls()} - self._ids.keys())

@@ -1,0 +1,7 @@
+"""The prompts whose embeddings are recorded."""
+
+EMBEDDED = {"short": "a photo of a red cat on a couch", "empty": "", "long": "a blue dog near the house, " * 100}
+
+# What the built-in model is asked: a prompt and a grid of image tokens (rows, columns).
+MICRO_PROMPT = "a photo of a blue_cat on a couch"
+MICRO_GRID = (3, 5)
