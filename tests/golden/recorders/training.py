@@ -103,11 +103,13 @@ def record(out: Path) -> None:
     ours = {name: mx.array(factor.numpy()) for name, factor in factors.items()}
     tensors = bfl.to_tensors(ours, scale=ALPHA / RANK, dtype=mx.float32)
     mx.save_safetensors(str(out / "lora-bfl.safetensors"), tensors, bfl.metadata(RANK, {}))
+    adapter = model.peft_config["default"].to_dict()
+    adapter["target_modules"] = sorted(adapter["target_modules"])  # a set there: another order in every process
     with tempfile.TemporaryDirectory() as folder:
         Flux2KleinPipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(model),
-            transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+            transformer_lora_adapter_metadata=adapter,
         )
         data = (Path(folder) / "pytorch_lora_weights.safetensors").read_bytes()
         (out / "lora-diffusers.safetensors").write_bytes(data)
