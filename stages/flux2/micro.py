@@ -2,7 +2,8 @@
 
 Everything is real but the size: two kinds of blocks, Qwen3, autoencoder, tokenizer; 6.8 million parameters, 13.7 MB.
 The weights are random (see `micro_draws`), except that the autoencoder carries colours (see `micro_autoencoder`).
-Nothing was trained, so its pictures are soft patches of colour; a LoRA on it learns a data set's colours and layout.
+Nothing was trained, so its pictures are soft patches of colour. A LoRA on it learns a data set's colours and rough
+layout: rank 16, batch 4 and learning rate 2e-3 took the loss from 1.7 to 0.94 within 300 steps on twelve pictures.
 """
 
 from __future__ import annotations
