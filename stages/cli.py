@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
 import msgspec
 
-from schemas.errors import BadConfig, Fault, NoResources, StageError, Stopped
+from schemas.errors import BadConfig, Fault, StageError, Stopped
 from schemas.manifest import Result, ResultError
+from stages.console import messages
 from stages.contract.config import load_config
 from stages.contract.job import Flags, Job
-from stages.contract.runner import Outcome, load_stage, run_stage
+from stages.contract.runner import Findings, load_stage, run_stage
 
 # Shown by --help without importing a verb.
 STAGES = {
@@ -41,6 +44,19 @@ TABLES = {
     "train": "reads latents and embeddings; writes the LoRA, checkpoints, metrics and curves",
     "preview": "reads saved LoRAs and prompt embeddings; writes preview_<step>.png",
     "verify": "reads everything the run stands on; writes verify.json",
+}
+FLAGS = {
+    "force": "Do the work again even if it is done.",
+    "explain": "Say what changed since last time, then run.",
+    "wait": "Wait for another process instead of failing.",
+    "paranoid": "Read every file again; trust no remembered digest.",
+    "json": "Print one JSON object on stdout.",
+    "quiet": "Print errors only.",
+    "debug": "Show tracebacks.",
+}
+OWN_FLAGS = {
+    "train": {"resume-only": "Refuse to start a new trajectory (exit 5)."},
+    "verify": {"quick": "Look at presence, sizes and manifests only."},
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 118}
 
@@ -67,29 +83,20 @@ class Commands(click.Group):
                 formatter.write_dl(list(rows.items()))
 
 
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    if value:
+        from importlib.metadata import version
+
+        click.echo(f"flux2-lora {version('flux2-lora')}")
+        ctx.exit()
+
+
 def _stage_command(name: str) -> click.Command:
-    options = [
-        click.Option(["--config", "-c"], required=True, type=click.Path(path_type=Path), help="The pipeline's TOML file."),
-        click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Override one setting; repeatable."),
-        click.Option(["--store"], type=click.Path(path_type=Path), envvar="FLUX2_LORA_STORE", default=Path("store"), show_default=True, help="Folder of artifacts, shared by all runs."),
-        click.Option(["--also"], type=click.Path(path_type=Path), multiple=True, help="Another store to read from; repeatable."),
-        click.Option(["--runs"], type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of results."),
-        click.Option(["--force"], is_flag=True, help="Do the work again even if it is done."),
-        click.Option(["--explain"], is_flag=True, help="Say what changed since last time, then run."),
-        click.Option(["--wait"], is_flag=True, help="Wait for another process instead of failing."),
-        click.Option(["--paranoid"], is_flag=True, help="Read every file again; trust no remembered digest."),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout."),
-        click.Option(["--quiet", "-q"], is_flag=True, help="Print errors only."),
-        click.Option(["--debug"], is_flag=True, help="Show tracebacks."),
-    ]  # fmt: skip
-    if name == "train":
-        options.append(click.Option(["--resume-only"], is_flag=True, help="Refuse to start a new trajectory (exit 5)."))
-    if name == "verify":
-        options.append(click.Option(["--quick"], is_flag=True, help="Presence, sizes and manifests only."))
     example = f"\b\nExample:\n  flux2-lora {name} --config pipelines/demo.toml"
+    flags = [*FLAGS.items(), *OWN_FLAGS.get(name, {}).items()]
     return click.Command(
         name,
-        params=list[click.Parameter](options),
+        params=[*_places(), *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags)],
         callback=partial(_run_stage, name),
         help=f"{STAGES[name]}\n\nIt {TABLES[name]}.\n\n{example}",
         short_help=STAGES[name],
@@ -97,42 +104,173 @@ def _stage_command(name: str) -> click.Command:
     )
 
 
-def _run_stage(name: str, /, **options: Any) -> None:
+def _places() -> list[click.Parameter]:
+    """Return the options that say what to run and where things lie."""
+    path = click.Path(path_type=Path)
+    return [
+        click.Option(["--config", "-c"], required=True, type=path, help="The pipeline's TOML file."),
+        click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Override one setting."),
+        click.Option(
+            ["--store"],
+            type=path,
+            envvar="FLUX2_LORA_STORE",
+            default=Path("store"),
+            show_default=True,
+            help="Folder of artifacts, shared by all runs.",
+        ),
+        click.Option(["--also"], type=path, multiple=True, help="Another store to read from."),
+        click.Option(["--runs"], type=path, default=Path("runs"), show_default=True, help="Folder of results."),
+    ]
+
+
+def _run_stage(name: str, /, **options: Any) -> int:
+    """Run one stage; return the exit code."""
     started = time.monotonic()
-    as_json: bool = options.pop("as_json")
-    debug: bool = options.pop("debug")
-    quiet: bool = options.pop("quiet")
-    from stages.console import messages
-
-    messages.configure(quiet=quiet)
-    finish = partial(_fail, name, started, as_json=as_json, debug=debug)
+    as_json: bool = options.pop("json")
+    if options.pop("debug"):
+        sys.excepthook = sys.__excepthook__
+    messages.configure(quiet=options["quiet"])
     try:
-        _print_result(_result(name, started, options, quiet=quiet), as_json=as_json)
+        with _interruptible():
+            result, code = _result(name, _job(options), started)
     except StageError as error:
-        sys.exit(finish(error))
+        return fail(name, error, started, as_json=as_json)
+    if as_json:
+        messages.result(msgspec.json.encode(result))
+    else:
+        messages.say(_summary(result))
+    return code
 
 
-def _result(name: str, started: float, options: dict[str, Any], *, quiet: bool) -> Result:
-    job = _job(options, quiet=quiet)
-    if name == "verify":
-        return importlib.import_module("stages.verify").run(job)
-    stage = load_stage(name)
-    with _signals(name):
-        outcome = run_stage(stage, job)
-    return _as_result(name, outcome, started)
-
-
-def _job(options: dict[str, Any], *, quiet: bool) -> Job:
-    from stages.console import messages
-
-    flags = ("force", "explain", "wait", "resume_only", "quick", "paranoid")
+def _job(options: dict[str, Any]) -> Job:
+    flags = Flags(**{name: options.get(name, False) for name in Flags.__dataclass_fields__})
     return Job(
         config=load_config(options["config"], options["assignments"]),
         config_path=options["config"],
         store=options["store"],
         runs=options["runs"],
         also=options["also"],
-        flags=Flags(quiet=quiet, **{flag: options.get(flag, False) for flag in flags}),
+        flags=flags,
         say=messages.say,
         warn=messages.warn,
     )
+
+
+def _result(name: str, job: Job, started: float) -> tuple[Result, int]:
+    if name == "verify":
+        return importlib.import_module("stages.verify").run(job)
+    stage = load_stage(name)
+    outcome = run_stage(stage, job)
+    findings = stage.findings(outcome.folder) if isinstance(stage, Findings) else msgspec.UNSET
+    result = Result(
+        stage=name,
+        status="built" if outcome.built else "up to date",
+        key=outcome.manifest.key,
+        path=str(outcome.folder.absolute()),
+        digest=outcome.manifest.digest,
+        counts=dict(outcome.counts),
+        seconds=round(time.monotonic() - started, 3),
+        error=None,
+        findings=findings,
+    )
+    return result, 0
+
+
+def _summary(result: Result) -> str:
+    counts = ", ".join(f"{name} {count}" for name, count in result.counts.items())
+    return f"{result.stage}: {result.status} ({counts}) in {result.seconds:.1f} s, {result.path}"
+
+
+def fail(name: str, error: StageError, started: float, *, as_json: bool) -> int:
+    """Print every fault of `error` as a line and, for programs, as the one object; return the exit code."""
+    messages.faults(error.faults)
+    if as_json:
+        first = error.faults[0]
+        where = f"{first.where}: {first.why}" if first.where and first.why else first.where or first.why
+        result = Result(
+            stage=name,
+            status="failed",
+            key=None,
+            path=None,
+            digest=None,
+            counts={},
+            seconds=round(time.monotonic() - started, 3),
+            error=ResultError(code=first.code, what=first.what, where=where, fix=first.fix),
+            findings=list(error.faults) if name in ("validate", "verify") else msgspec.UNSET,
+        )
+        messages.result(msgspec.json.encode(result))
+    return 128 + error.signal_number if isinstance(error, Stopped) else error.exit_code
+
+
+@contextlib.contextmanager
+def _interruptible() -> Generator[None]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into an error that cleans up; what was published stays."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(number, "stopped; finished work is kept", fix="run the same command again to go on")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say one line about a failure nobody foresaw; Python then exits with 1."""
+    last = traceback.extract_tb(trace)[-1] if trace else None
+    where = f"{Path(last.filename).name}:{last.lineno}" if last else ""
+    messages.faults(
+        [Fault(code="bug", what=f"{kind.__name__}: {error}", where=where, fix="run with --debug and report it")]
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; return its exit code."""
+    started = time.monotonic()
+    try:
+        code = COMMAND.main(list(arguments), prog_name="flux2-lora", standalone_mode=False)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        what = error.format_message().rstrip(".").replace("\n", " ")
+        fix = f"{context.command_path if context else 'flux2-lora'} --help"
+        return fail(
+            arguments[0] if arguments else "",
+            BadConfig("usage", what, fix=fix),
+            started,
+            as_json="--json" in arguments,
+        )
+    except click.Abort:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of stdout left; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Be the `flux2-lora` program."""
+    sys.excepthook = _bug
+    sys.exit(run(sys.argv[1:]))
+
+
+HELP = """Train a FLUX.2 LoRA from a folder of pictures and captions.
+
+\b
+Example:
+  flux2-lora run photos --trigger sks --output sks.safetensors
+"""
+COMMAND = Commands(
+    name="flux2-lora",
+    help=HELP,
+    context_settings=CONTEXT,
+    no_args_is_help=True,
+)
+COMMAND.params.append(
+    click.Option(
+        ["--version"], is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version."
+    )
+)

@@ -35,9 +35,10 @@ class EncodeLatents:
 
     def plan(self, job: Job) -> Plan:
         """Key the settings, the pictures and their crops, and the encoder's tensors."""
+        model = model_of(job)
         dataset, _ = upstream(job, "validate")
         settings = msgspec.to_builtins(job.config.encode_latents)
-        inputs = {"pictures": dataset.roles["pictures"], "autoencoder": encoder_digest(job, model_of(job))}
+        inputs = {"pictures": dataset.roles["pictures"], "autoencoder": encoder_digest(job, model)}
         return Plan(settings, inputs)
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:

@@ -34,8 +34,8 @@ class EncodeText:
 
     def plan(self, job: Job) -> Plan:
         """Key the texts, the encoder's and tokenizer's content, and how the states are taken and stored."""
-        dataset, _ = upstream(job, "validate")
         model = model_of(job)
+        dataset, _ = upstream(job, "validate")
         encoder = model.variant.text_encoder
         settings = {
             **msgspec.to_builtins(job.config.encode_text),

@@ -48,8 +48,8 @@ class Preview:
 
     def plan(self, job: Job) -> Plan:
         """Key the settings, the prompts' embeddings, the weights, and the LoRA of every step shown."""
-        text, _ = upstream(job, "encode-text")
         model = model_of(job)
+        text, _ = upstream(job, "encode-text")
         settings = msgspec.to_builtins(job.config.preview)
         del settings["during_training"]
         settings["steps"] = settings["steps"] or model.variant.preview_steps

@@ -188,9 +188,12 @@ class _Recorder:
 
     def line(self, line: Line) -> None:
         """Append a step's line, and show it."""
+        from stages.console.progress import Measures
+
         with self._live.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
-        self._bar.advance(1, note=_shown(line))
+        self._bar.measure(Measures(line["loss"], line["learning_rate"], int(line["peak_bytes"])))
+        self._bar.advance(1)
 
     def checkpoint(self, step: int, public: bool) -> None:  # noqa: FBT001
         """Publish the state; a public one also gives its LoRA file and pictures."""
@@ -236,10 +239,6 @@ class _Recorder:
         with self._bar.paused(f"drawing previews of step {step}"):
             painter.paint(lora, digest)
         place(self._job, scene, digest, step)
-
-
-def _shown(line: Line) -> str:
-    return f"loss {line['loss']:.4f}"
 
 
 def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:

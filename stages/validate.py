@@ -14,7 +14,8 @@ from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.dataset.discover import listing
 from stages.dataset.pixels import PLAN_VERSION
-from stages.flux2.identity import model_of
+from stages.dataset.statistics import Spread, Statistics
+from stages.flux2.identity import text_length
 
 DATASET = "dataset.parquet"
 CAPTIONS = "captions.parquet"
@@ -31,16 +32,16 @@ class Validate:
         """Key the settings, the text length that buckets prefer, and every file's path and content."""
         settings = msgspec.to_builtins(job.config.validate)
         del settings["dataset"]
-        settings["text_length"] = model_of(job).variant.text_encoder.length
+        settings["text_length"] = text_length(job)
         settings["plan_version"] = PLAN_VERSION
         paths = listing(job.dataset)
-        digests = job.digests.files([job.dataset / path for path in paths])
+        digests = _digests(job, paths)
         return Plan(settings, {"folder": digest_of("folder", list(zip(paths, digests, strict=True)))})
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Decode everything once; publish nothing when anything is wrong, unless `skip_bad`."""
         from schemas import tables
-        from stages.console.messages import statistics_table
+        from stages.console.messages import table
         from stages.console.progress import progress
         from stages.dataset.items import build_items
         from stages.stores.tables import write_table
@@ -66,7 +67,7 @@ class Validate:
         findings = [*dataset.faults, *(Fault(code="dataset.warning", what=line) for line in dataset.warnings)]
         for finding in findings:
             job.warn(finding.what if finding.code == "dataset.warning" else f"left out: {finding.line()}")
-        statistics_table(dataset.statistics)
+        table("Dataset", ("", ""), _shown(dataset.statistics))
         names = tables.DATASET.columns
         rows = [
             {name: value for name, value in msgspec.structs.asdict(item).items() if name in names}
@@ -93,8 +94,30 @@ class Validate:
         return msgspec.json.decode((folder / REPORT).read_bytes(), type=_Report).findings
 
 
+def _shown(statistics: Statistics) -> list[tuple[str, str]]:
+    """Return the statistics as rows of a table."""
+    rows: list[tuple[str, str]] = []
+    for name, value in msgspec.structs.asdict(statistics).items():
+        match value:
+            case Spread(minimum=low, median=middle, maximum=high):
+                rows.append((name.replace("_", " "), f"{low} .. {middle:g} .. {high}"))
+            case dict():
+                rows += [(f"bucket {bucket}", str(count)) for bucket, count in value.items()]
+            case _:
+                rows.append((name.replace("_", " "), str(value)))
+    return rows
+
+
 class _Report(msgspec.Struct):
     findings: list[Fault]
+
+
+def _digests(job: Job, paths: list[str]) -> list[str]:
+    try:
+        return job.digests.files([job.dataset / path for path in paths])
+    except OSError:
+        # A file that cannot be read is a fault that `build` lists with all the others; nothing is published then.
+        return [f"unread {path}" for path in paths]
 
 
 def _roles(rows: list[dict[str, object]], texts: list[tuple[str, str]]) -> dict[str, str]:

@@ -53,8 +53,10 @@ class StatCache:
     The database lies in `<store>/lookup/` and may be deleted at any time; a damaged one is started anew.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, paranoid: bool = False) -> None:
+        """Use the database at `path`; with `paranoid`, believe nothing in it and compute everything anew."""
         self._path = path
+        self._paranoid = paranoid
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._prepare()
@@ -87,7 +89,7 @@ class StatCache:
             for what, paths, compute in asked:
                 stats = _stats(paths)
                 row = database.execute("SELECT stat, value FROM remembered WHERE what = ?", (what,)).fetchone()
-                if row is not None and row[0] == stats:
+                if row is not None and row[0] == stats and not self._paranoid:
                     values.append(row[1])
                     continue
                 started_ns = time.time_ns()

@@ -85,7 +85,7 @@ class Job:
     def digests(self) -> StatCache:
         """Digests of files that did not change since they were last read."""
         with no_resources(self.store):
-            return StatCache(self.store / "lookup" / "digests.sqlite")
+            return StatCache(self.store / "lookup" / "digests.sqlite", paranoid=self.flags.paranoid)
 
     def remedy(self, stage: str) -> str:
         """Return the command that runs `stage` for this configuration."""

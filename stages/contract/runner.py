@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import msgspec
 
-from schemas.errors import Damaged, Stale
+from schemas.errors import Damaged, Fault, Stale
 from schemas.manifest import Manifest
 from stages.contract.artifacts import (
     Built,
@@ -63,6 +63,15 @@ class Stage(Protocol):
 
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Put the results people look at into the run folder, where they are missing."""
+        ...
+
+
+@runtime_checkable
+class Findings(Protocol):
+    """A stage whose artifact lists what it found."""
+
+    def findings(self, folder: Path) -> list[Fault]:
+        """Return the findings that the artifact in `folder` lists."""
         ...
 
 

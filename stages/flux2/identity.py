@@ -11,6 +11,7 @@ from pathlib import Path
 from stages.contract.job import Job
 from stages.contract.publish import publish_folder, workspace
 from stages.flux2.folder import ModelFiles, open_model
+from stages.flux2.variants import MICRO, QWEN3_4B
 
 # Raised when make_micro gives other bytes: the folder of the built-in model in the store carries it.
 MICRO_VERSION = 1
@@ -21,9 +22,24 @@ def model_of(job: Job) -> ModelFiles:
     return open_model(job.config.model, job.base, lambda name: _built_in(job, name))
 
 
+def model_without_making(job: Job) -> ModelFiles:
+    """Return the same model, but write nothing: a built-in one that was never made is absent."""
+    return open_model(job.config.model, job.base, lambda name: _built_in_folder(job, name))
+
+
+def text_length(job: Job) -> int:
+    """Return the number of text tokens, known without the model's files: validate needs nothing else of it."""
+    micro = MICRO.name in (job.config.model.source, job.config.model.variant)
+    return MICRO.text_encoder.length if micro else QWEN3_4B.length
+
+
+def _built_in_folder(job: Job, name: str) -> Path:
+    return job.store / "models" / f"{name}-{MICRO_VERSION}"
+
+
 def _built_in(job: Job, name: str) -> Path:
     """Return the folder of a built-in model, making it in the store the first time."""
-    folder = job.store / "models" / f"{name}-{MICRO_VERSION}"
+    folder = _built_in_folder(job, name)
     if not folder.exists():
         from stages.flux2.micro import make_micro
 
@@ -70,5 +86,6 @@ def _remembered(job: Job, part: str, files: Sequence[Path], model: ModelFiles) -
         }
         return digests[part](model)
 
+    # The variant, because it says how many layers of a file are in use.
     names = " ".join(str(path.absolute()) for path in files)
-    return job.digests.one(f"{part} {names}", files, compute)
+    return job.digests.one(f"{part} {names} {model.variant}", files, compute)

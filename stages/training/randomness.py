@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from stages.contract.digests import digest_of
 
-Purpose = Literal["noise", "timestep", "dropout", "order"]
+Purpose = Literal["noise", "timestep", "dropout", "flip"]
 
 
 def integer(seed: int, step: int, item_id: str, purpose: Purpose) -> int:

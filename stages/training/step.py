@@ -58,6 +58,16 @@ class Trainer:
         """Optimizer steps taken so far, skipped ones included: the index of the next step."""
         return self._steps
 
+    @property
+    def transformer(self) -> Transformer:
+        """The transformer in training; previews borrow it between steps."""
+        return self._transformer
+
+    @property
+    def factors(self) -> Factors:
+        """The adapters' float32 factors as of now."""
+        return self._factors
+
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """Take one optimizer step over a window of micro-batches, in which every sample counts the same."""
         rate = learning_rate(self._settings.schedule, self._settings.learning_rate, self._steps)

@@ -19,7 +19,7 @@ def test_draws_are_the_same_in_every_process_and_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [(43, 7, "a", "noise"), (42, 8, "a", "noise"), (42, 7, "b", "noise"), (42, 7, "a", "order")]
+    "other", [(43, 7, "a", "noise"), (42, 8, "a", "noise"), (42, 7, "b", "noise"), (42, 7, "a", "flip")]
 )
 def test_every_part_of_a_draw_counts(other: tuple) -> None:
     assert integer(42, 7, "a", "noise") != integer(*other)

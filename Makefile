@@ -1,0 +1,52 @@
+# The whole chain, or any stage of it:  make RUN=pipelines/demo.toml [STORE=dir] [RUNS=dir] [SET="a.b=c ..."] [FORCE=1]
+# The stages decide by content whether there is work; make only orders them. Works with GNU Make 3.81.
+
+RUN ?= pipelines/demo.toml
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Which MLX: Apple GPUs need no extra; elsewhere an NVIDIA driver decides.
+ifeq ($(shell uname -s),Darwin)
+EXTRA ?=
+else ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
+EXTRA ?= cuda13
+else
+EXTRA ?= cpu
+endif
+COMMA := ,
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := all
+.PHONY: all demo install test check clean
+
+include pipelines/rules.mk
+
+demo:
+	@$(MAKE) --no-print-directory all RUN=pipelines/demo.toml
+	@$(BIN)/python -m stages.console.demo pipelines/demo.toml "$(or $(RUNS),runs)"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".$(if $(EXTRA),[$(EXTRA)])"
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(COMMA))dev]"
+	@touch $@
+
+test: $(VENV)/installed-dev
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Never the store, never the results.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -not -path "./$(VENV)/*" -exec rm -rf {} +

@@ -1,0 +1,249 @@
+"""verify: every file of the run's chain, from the LoRA back to the pictures; reads only, and lists every fault.
+
+It judges what the run's receipts name. `--quick` looks at presence, sizes and manifests; without it every byte is
+hashed again and the LoRA's numbers are looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from schemas import results
+from schemas.errors import BadConfig, Damaged, Fault, NoResources, StageError, Stale
+from schemas.manifest import Manifest, Result, ResultError
+from stages.contract.artifacts import find, read_manifest, read_receipt
+from stages.contract.digests import canonical_json, sha256_file
+from stages.contract.job import Job
+from stages.contract.publish import write_file
+from stages.contract.runner import STAGES
+
+# Which role of which stage each input of a stage must be: the links of the chain.
+LINKS = {
+    "encode-latents": {"pictures": ("validate", "pictures")},
+    "encode-text": {"captions": ("validate", "captions")},
+    "train": {
+        "items": ("validate", "items"),
+        "latents": ("encode-latents", "latents"),
+        "caption": ("encode-text", "caption"),
+        "empty": ("encode-text", "empty"),
+    },
+    "preview": {"prompt": ("encode-text", "prompt"), "empty": ("encode-text", "empty")},
+}
+
+
+@dataclass
+class Inspection:
+    """What has been found so far. An error of kind `Stale` is lineage, any other is damage."""
+
+    job: Job
+    quick: bool
+    checked: int = 0
+    errors: list[tuple[type[StageError], Fault]] = field(default_factory=list[tuple[type[StageError], Fault]])
+    hints: list[Fault] = field(default_factory=list[Fault])
+    not_checked: list[str] = field(default_factory=list[str])
+
+    def error(self, kind: type[StageError], code: str, what: str, where: Path | str, fix: str) -> None:
+        """Note something wrong."""
+        self.errors.append((kind, Fault(code=code, what=what, where=str(where), fix=fix)))
+
+    def hint(self, code: str, what: str, fix: str) -> None:
+        """Note something worth knowing."""
+        self.hints.append(Fault(code=code, what=what, fix=fix))
+
+    def file(self, path: Path, size: int, sha256: str, fix: str) -> None:
+        """Check one file's presence, size and, unless quick, bytes."""
+        self.checked += 1
+        if not path.is_file() or path.is_symlink():
+            self.error(Damaged, "file.missing", "a file is missing", path, fix)
+        elif path.stat().st_size != size:
+            what = f"a file has another size: expected {size} bytes, found {path.stat().st_size}"
+            self.error(Damaged, "file.size", what, path, fix)
+        elif not self.quick and sha256_file(path) != sha256:
+            self.error(Damaged, "file.changed", f"a file's bytes changed: expected sha256 {sha256}", path, fix)
+
+
+def run(job: Job) -> tuple[Result, int]:
+    """Inspect the run, write its report, and return the outcome with all findings, and the exit code."""
+    started = time.monotonic()
+    inspection = Inspection(job, job.flags.quick)
+    chain = dict(_artifacts(inspection))
+    for stage, (manifest, folder) in chain.items():
+        _files(inspection, stage, manifest, folder)
+        _links(inspection, stage, chain)
+    if "train" in chain:
+        _lora(inspection, chain["train"][0])
+        _checkpoints(inspection, chain["train"][0])
+    if "preview" in chain:
+        _previews(inspection, *chain["preview"])
+    if "validate" in chain:
+        _pictures(inspection, chain["validate"][1])
+    return _report(inspection, started)
+
+
+def _artifacts(inspection: Inspection) -> Iterator[tuple[str, tuple[Manifest, Path]]]:
+    """Yield the artifact of every stage that the run has a receipt for."""
+    job = inspection.job
+    for stage in STAGES:
+        if stage == "verify":
+            continue
+        receipt = read_receipt(job.run_folder, stage)
+        if receipt is None:
+            inspection.error(
+                Stale, "stage.not_run", f"{stage} has no receipt in this run", job.run, job.remedy(stage)
+            )
+            continue
+        folder = find(stage, receipt.key, job.stores)
+        if folder is None:
+            what = f"the artifact that {stage}'s receipt names is gone"
+            inspection.error(Stale, "artifact.missing", what, receipt.key, job.remedy(stage))
+            continue
+        inspection.checked += 1
+        try:
+            manifest = read_manifest(folder)
+        except Damaged as error:
+            inspection.errors.append((Damaged, error.faults[0]))
+            continue
+        if manifest.digest != receipt.digest:
+            what = "the artifact is not the one the receipt was written for"
+            inspection.error(Damaged, "receipt.digest", what, folder, job.remedy(stage))
+        yield stage, (manifest, folder)
+
+
+def _files(inspection: Inspection, stage: str, manifest: Manifest, folder: Path) -> None:
+    job = inspection.job
+    fix = f"{job.remedy(stage)} --force"
+    for name, entry in manifest.files.items():
+        inspection.file(folder / name, entry.size, entry.sha256, fix)
+    for name, entry in manifest.fragments.items():
+        holder = next((store for store in job.stores if (store / name).exists()), job.store)
+        inspection.file(holder / name, entry.size, entry.sha256, fix)
+    listed = {*manifest.files, "manifest.json"}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in listed:
+            inspection.error(Damaged, "file.unlisted", "a file no manifest lists", path, "delete it")
+
+
+def _links(inspection: Inspection, stage: str, chain: dict[str, tuple[Manifest, Path]]) -> None:
+    """Compare what a stage was made from with what the stages before it made."""
+    for role, (source, name) in LINKS.get(stage, {}).items():
+        if source in chain and chain[stage][0].inputs[role] != chain[source][0].roles[name]:
+            what = f"{stage} was made from other {role} than {source} has now"
+            inspection.error(Stale, "chain.broken", what, inspection.job.run, inspection.job.remedy(stage))
+
+
+def _lora(inspection: Inspection, train: Manifest) -> None:
+    """Check the LoRA in the run folder: the artifact's bytes, a strict header, finite numbers, some B not zero."""
+    job = inspection.job
+    entry = train.files["lora.safetensors"]
+    path = job.run_folder / results.lora(job.run)
+    inspection.file(path, entry.size, entry.sha256, job.remedy("train"))
+    if inspection.quick:
+        inspection.not_checked.append("the LoRA's numbers and names (left out by --quick)")
+        return
+    from stages.flux2.identity import model_without_making
+    from stages.lora.formats.read import read
+    from stages.stores.tensors import load, tensor_digest, to_mlx
+
+    try:
+        file = load(path)
+        model = model_without_making(job)
+        factors = read(
+            {name: to_mlx(each) for name, each in file.tensors.items()},
+            file.metadata,
+            model.variant.transformer,
+            str(path),
+        )
+    except (Damaged, BadConfig, NoResources) as error:
+        inspection.errors += [(type(error), fault) for fault in error.faults]
+        return
+    if tensor_digest(file.tensors) != train.roles["lora"]:
+        inspection.error(
+            Damaged, "lora.digest", "the tensors are not those that training made", path, job.remedy("train")
+        )
+    if not any(factor.any().item() for name, factor in factors.items() if name.endswith("lora_B")):
+        inspection.error(
+            Damaged,
+            "lora.zero",
+            "every up-matrix is zero: this LoRA does nothing",
+            path,
+            "train again with a higher train.learning_rate",
+        )
+
+
+def _checkpoints(inspection: Inspection, train: Manifest) -> None:
+    from stages.training.checkpoints import public_checkpoints
+
+    job = inspection.job
+    for checkpoint in public_checkpoints(job.stores, train, job.config.train.checkpoint_every):
+        for name, entry in checkpoint.manifest.files.items():
+            fix = f"delete {checkpoint.folder} and run {job.remedy('train')} --force"
+            inspection.file(checkpoint.folder / name, entry.size, entry.sha256, fix)
+        entry = checkpoint.manifest.files["lora.safetensors"]
+        copy = job.run_folder / results.checkpoint(checkpoint.step)
+        inspection.file(copy, entry.size, entry.sha256, job.remedy("train"))
+
+
+def _previews(inspection: Inspection, preview: Manifest, folder: Path) -> None:
+    job = inspection.job
+    for name, entry in preview.files.items():
+        if name.endswith(".png"):
+            inspection.file(job.run_folder / name, entry.size, entry.sha256, job.remedy("preview"))
+    for each in msgspec.json.decode((folder / "index.json").read_bytes()):
+        entry = preview.fragments[each["fragment"]]
+        inspection.file(job.run_folder / each["file"], entry.size, entry.sha256, job.remedy("preview"))
+
+
+def _pictures(inspection: Inspection, folder: Path) -> None:
+    """Hash the pictures of the dataset again."""
+    if inspection.quick:
+        inspection.not_checked.append("the pictures of the dataset (left out by --quick)")
+        return
+    from schemas.tables import DATASET
+    from stages.stores.tables import read_table
+
+    job = inspection.job
+    try:
+        rows = read_table(folder / "dataset.parquet", DATASET)
+        dataset = job.dataset
+    except (Damaged, BadConfig) as error:
+        inspection.not_checked.append(f"the pictures of the dataset ({error.faults[0].what})")
+        return
+    for path, sha256 in sorted({(row["path"], row["image_sha256"]) for row in rows}):
+        inspection.checked += 1
+        if not (dataset / path).is_file() or sha256_file(dataset / path) != sha256:
+            what = "a picture is missing or was changed since validate"
+            inspection.error(Stale, "dataset.changed", what, dataset / path, "run all stages again")
+
+
+def _report(inspection: Inspection, started: float) -> tuple[Result, int]:
+    """Write `verify.json` and return the outcome: damage comes before lineage."""
+    job = inspection.job
+    errors = sorted(inspection.errors, key=lambda each: each[0] is Stale)
+    findings = [*(fault for _, fault in errors), *inspection.hints]
+    counts = {"checked": inspection.checked, "errors": len(errors), "hints": len(inspection.hints)}
+    path = job.run_folder / results.VERIFY
+    report = {
+        "depth": "quick" if inspection.quick else "default",
+        **counts,
+        "findings": findings,
+        "not_checked": inspection.not_checked,
+    }
+    write_file(path, msgspec.json.format(canonical_json(report)) + b"\n")
+    first = errors[0][1] if errors else None
+    result = Result(
+        stage="verify",
+        status="failed" if errors else "built",
+        key=None,
+        path=str(path.absolute()),
+        digest=None,
+        counts=counts,
+        seconds=round(time.monotonic() - started, 3),
+        error=ResultError(code=first.code, what=first.what, where=first.where, fix=first.fix) if first else None,
+        findings=findings,
+    )
+    return result, errors[0][0].exit_code if errors else 0
