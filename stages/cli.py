@@ -130,11 +130,8 @@ def _run_stage(name: str, /, **options: Any) -> int:
     if options.pop("debug"):
         sys.excepthook = sys.__excepthook__
     messages.configure(quiet=options["quiet"])
-    try:
-        with _interruptible():
-            result, code = _result(name, _job(options), started)
-    except StageError as error:
-        return fail(name, error, started, as_json=as_json)
+    with _interruptible():
+        result, code = _result(name, _job(options), started)
     if as_json:
         messages.result(msgspec.json.encode(result))
     else:
@@ -181,10 +178,11 @@ def _summary(result: Result) -> str:
     return f"{result.stage}: {result.status} ({counts}) in {result.seconds:.1f} s, {result.path}"
 
 
-def fail(name: str, error: StageError, started: float, *, as_json: bool) -> int:
+def fail(arguments: Sequence[str], error: StageError, started: float) -> int:
     """Print every fault of `error` as a line and, for programs, as the one object; return the exit code."""
     messages.faults(error.faults)
-    if as_json:
+    name = arguments[0] if arguments else ""
+    if "--json" in arguments:
         first = error.faults[0]
         where = f"{first.where}: {first.why}" if first.where and first.why else first.where or first.why
         result = Result(

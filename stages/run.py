@@ -1,0 +1,223 @@
+"""run: pictures in, LoRA out. Writes the pipeline TOML it stands for and runs its six stages, a process each.
+
+Text encoder, autoencoder and transformer are so never in memory together. An interrupted run goes on when the same
+command is given again: each stage finds what is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from schemas import results
+from schemas.errors import BadConfig
+from schemas.events import VARIABLE
+from schemas.manifest import Result
+from schemas.run import Config
+from schemas.train import Train
+from stages.console import messages
+from stages.contract.artifacts import restore_file
+from stages.contract.config import load_config
+from stages.contract.digests import StatCache, sha256_bytes
+from stages.contract.publish import write_file
+from stages.contract.runner import STAGES
+from stages.flux2.variants import VARIANTS
+
+PIPELINE = "pipeline.toml"
+HEADER = """# Written by `flux2-lora run`; {digest}
+# It stands for that command: copy it to change more settings, and run the stages with --config.
+
+"""
+HEADER_PATTERN = re.compile(r"\A# Written by `flux2-lora run`; ([0-9a-f]{64})\n")
+
+
+def pipeline(options: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """Return the tables of the TOML that the command line stands for; `folder` is where it will lie."""
+    variant = VARIANTS.get(options["model"])
+    train = {"steps": options["max_steps"], "checkpoint_every": options["save_every_n_steps"]}
+    optional = {
+        "rank": options["rank"],
+        "learning_rate": options["learning_rate"],
+        "batch_size": options["batch_size"],
+    }
+    train |= {field: value for field, value in optional.items() if value is not None}
+    if options["rank"] is not None:
+        train["alpha"] = float(options["rank"])
+    dataset = os.path.relpath(options["pictures"].absolute(), folder.absolute())
+    validate = {"dataset": dataset, "trigger": options["trigger"], "resolutions": list(options["resolution"])}
+    return {
+        "run": {"name": name, "seed": options["seed"]},
+        "model": {"source": (variant.hub_id or variant.name) if variant else _source(options["model"], folder)},
+        "validate": validate,
+        "train": train,
+        "preview": {
+            "prompts": list(options["validation_prompt"]),
+            "seed": options["validation_seed"],
+            "size": options["validation_size"],
+        },
+    }
+
+
+def _source(model: str, folder: Path) -> str:
+    """Return a model folder as the TOML names it; anything else is a hub id."""
+    return os.path.relpath(Path(model).absolute(), folder.absolute()) if Path(model).is_dir() else model
+
+
+def run_name(output: Path) -> str:
+    """Return the run's name: the output's stem with everything but letters, digits and dashes as a dash."""
+    return re.sub(r"[^a-z0-9]+", "-", output.stem.lower()).strip("-")[:64] or "lora"
+
+
+def write_pipeline(path: Path, tables: dict[str, Any]) -> Config:
+    """Write the TOML and return it as a configuration. Raises BadConfig when someone edited the one that is there."""
+    import tomli_w
+
+    body = tomli_w.dumps(tables)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = HEADER_PATTERN.match(text)
+        if found is None or found[1] != sha256_bytes(text.partition("\n\n")[2].encode()):
+            raise BadConfig(
+                "run.edited",
+                "the pipeline file was edited since `run` wrote it",
+                where=str(path),
+                fix=f"run its stages with --config {path}, or delete it",
+            )
+    write_file(path, (HEADER.format(digest=sha256_bytes(body.encode())) + body).encode())
+    return load_config(path)
+
+
+def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int, Result | None]:
+    """Run the six stages in order under one display; return the first failure's exit code and the last result."""
+    from stages.console.progress import ChainDisplay
+
+    result: Result | None = None
+    with ChainDisplay(STAGES, quiet=quiet).shown() as display:
+        for stage in STAGES:
+            command = [sys.executable, "-m", "stages", stage, "--config", str(config), "--json", *places]
+            code, printed = _run_process(command, display.feed)
+            with contextlib.suppress(msgspec.DecodeError):
+                result = msgspec.json.decode(printed, type=Result)
+            display.finish(stage, "failed" if code or result is None else result.status)
+            if code:
+                return code, result
+    return 0, result
+
+
+def _run_process(command: Sequence[str], hear: Callable[[str], None]) -> tuple[int, bytes]:
+    """Run a stage, handing on its lines and any signal; return its exit code and what it printed."""
+    environment = {**os.environ, VARIABLE: "1"}
+    # A session of its own: Ctrl-C reaches the stage once, from here, and a second one means "at once" to it.
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=subprocess.PIPE, env=environment, text=True, start_new_session=True
+        ) as process,
+        _forwarded(process),
+    ):
+        for line in process.stderr or ():
+            hear(line)
+        code = process.wait()
+        output.seek(0)
+        return (code if code >= 0 else 128 - code), output.read()
+
+
+@contextlib.contextmanager
+def _forwarded(process: subprocess.Popen[str]) -> Generator[None]:
+    """Let the stage handle the signals that this process gets; a closed terminal stops it like SIGTERM."""
+    sent = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+    before = {
+        number: signal.signal(number, lambda got, _: process.send_signal(sent[signal.Signals(got)]))
+        for number in sent
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _outcome(last: Result | None, code: int, output: Path, steps: int, started: float) -> Result:
+    """Return the run's one object: that of the stage which failed, or of the whole."""
+    return Result(
+        stage="run",
+        status="failed" if code else "built",
+        key=None,
+        path=None if code else str(output.absolute()),
+        digest=None,
+        counts={} if code else {"stages": len(STAGES), "steps": steps},
+        seconds=round(time.monotonic() - started, 3),
+        error=last.error if code and last is not None else None,
+    )
+
+
+HELP = """Pictures in, LoRA out: write the pipeline and run its six stages.
+
+Give the same command again to go on after an interruption; what is done is not done twice.
+
+\b
+Example:
+  flux2-lora run photos --model klein-base-4b --trigger sks --output sks.safetensors \\
+      --max-steps 1500 --validation-prompt "sks on a couch"
+"""
+PATH = click.Path(path_type=Path)
+DEFAULTS = Train()
+MODELS = f"One of {', '.join(VARIANTS)}; or a folder; or a hub id."
+
+
+@click.command("run", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
+@click.argument("pictures", type=PATH)
+@click.option("--model", default="klein-base-4b", help=MODELS)
+@click.option("--trigger", default="", help="The made-up word for what is learnt.")
+@click.option("--output", "-o", type=PATH, default=Path("lora.safetensors"), help="Where the LoRA goes.")
+@click.option("--max-steps", type=int, default=DEFAULTS.steps, help="Training steps.")
+@click.option("--save-every-n-steps", type=int, default=DEFAULTS.checkpoint_every, help="Checkpoint interval.")
+@click.option("--resolution", type=int, multiple=True, default=[512], help="Side of the buckets' area.")
+@click.option("--rank", type=int, help="Rank of the LoRA, and its alpha.")
+@click.option("--learning-rate", type=float, help="Peak learning rate.")
+@click.option("--batch-size", type=int, help="Pictures per step.")
+@click.option("--seed", type=int, default=42, help="Seed of everything in training.")
+@click.option("--validation-prompt", multiple=True, help="A prompt to draw at every checkpoint.")
+@click.option("--validation-seed", type=int, default=42, help="Seed of the previews.")
+@click.option("--validation-size", type=int, default=512, help="Side of the previews in pixels.")
+@click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
+@click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
+@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def COMMAND(**options: Any) -> int:
+    """Be the `run` command."""
+    started = time.monotonic()
+    messages.configure(quiet=options["quiet"])
+    output: Path = options["output"]
+    name = run_name(output)
+    runs, store = options["runs"], options["store"]
+    if not options["pictures"].is_dir():
+        where = str(options["pictures"])
+        raise BadConfig(
+            "dataset.absent", "no such folder of pictures", where=where, fix="name the folder of pictures"
+        )
+    config_path = runs / name / PIPELINE
+    config = write_pipeline(config_path, pipeline(options, name, runs / name))
+    messages.say(f"{config_path} says everything this run does")
+    places = ["--store", str(store), "--runs", str(runs), *(["--quiet"] if options["quiet"] else [])]
+    code, result = run_chain(config_path, places, quiet=options["quiet"])
+    if code == 0:
+        restore_file(runs / name / results.lora(name), output, StatCache(store / "lookup" / "digests.sqlite"))
+        messages.say(f"the LoRA: {output}")
+        messages.say(f"everything else: {runs / name}")
+    if options["json"]:
+        messages.result(msgspec.json.encode(_outcome(result, code, output, config.train.steps, started)))
+    return code
