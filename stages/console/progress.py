@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -290,27 +290,29 @@ class ChainDisplay:
             event = Said(level="info", text=text.rstrip("\r\n"))
         match event:
             case Reached():
-                self._reached(event)
+                self._reached(event, always=event.done == event.total)
             case Said():
                 prefix = "warning: " if event.level == "warning" else ""
                 sys.stderr.write(f"{prefix}{printable(event.text)}\n")
                 sys.stderr.flush()
 
-    def finish(self, stage: str, status: str) -> None:
-        """Mark a stage as ended: `status` is what it said last, such as "built" or "up to date"."""
+    def finish(self, stage: str, status: Literal["built", "up to date", "failed"]) -> None:
+        """Mark a stage as ended, with the status of its result."""
         state = self._states[stage]
         total = state.total or 1
         done = state.done if status == "failed" else total
-        self._reached(msgspec.structs.replace(state, done=done, total=total, seconds_left=None, note=status))
+        self._reached(
+            msgspec.structs.replace(state, done=done, total=total, seconds_left=None, note=status), always=True
+        )
 
-    def _reached(self, state: Reached) -> None:
+    def _reached(self, state: Reached, *, always: bool) -> None:
         self._states[state.stage] = state
         if self._quiet or self._live:
             return
         throttle = self._throttles.setdefault(
             state.stage, Throttle(write_line, seconds=PLAIN_SECONDS, percent=PLAIN_PERCENT)
         )
-        if state.done == state.total or throttle.due(state.done, state.total, state.seconds):
+        if always or throttle.due(state.done, state.total, state.seconds):
             throttle.show(state)
 
 
