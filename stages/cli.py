@@ -234,12 +234,9 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         what = error.format_message().rstrip(".").replace("\n", " ")
         fix = f"{context.command_path if context else 'flux2-lora'} --help"
-        return fail(
-            arguments[0] if arguments else "",
-            BadConfig("usage", what, fix=fix),
-            started,
-            as_json="--json" in arguments,
-        )
+        return fail(arguments, BadConfig("usage", what, fix=fix), started)
+    except StageError as error:
+        return fail(arguments, error, started)
     except click.Abort:
         return 128 + signal.SIGINT
     except BrokenPipeError:
