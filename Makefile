@@ -24,7 +24,6 @@ include pipelines/rules.mk
 
 demo:
 	@$(MAKE) --no-print-directory all RUN=pipelines/demo.toml
-	@$(BIN)/python -m stages.console.demo pipelines/demo.toml "$(or $(RUNS),runs)"
 
 install: $(VENV)/installed
 

@@ -36,6 +36,7 @@ STAGES = {
 }
 HELPERS = {
     "run": "Pictures in, LoRA out: write the pipeline and run its six stages.",
+    "fetch": "Bring a model's files from the Hugging Face hub.",
 }
 TABLES = {
     "validate": "reads the dataset folder; writes dataset.parquet and captions.parquet",
@@ -127,8 +128,7 @@ def _run_stage(name: str, /, **options: Any) -> int:
     """Run one stage; return the exit code."""
     started = time.monotonic()
     as_json: bool = options.pop("json")
-    if options.pop("debug"):
-        sys.excepthook = sys.__excepthook__
+    del options["debug"]
     messages.configure(quiet=options["quiet"])
     with _interruptible():
         result, code = _result(name, _job(options), started)
@@ -228,6 +228,9 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; return its exit code."""
     started = time.monotonic()
+    debug = "--debug" in arguments
+    if debug:
+        sys.excepthook = sys.__excepthook__
     try:
         code = COMMAND.main(list(arguments), prog_name="flux2-lora", standalone_mode=False)
     except click.ClickException as error:
@@ -236,6 +239,8 @@ def run(arguments: Sequence[str]) -> int:
         fix = f"{context.command_path if context else 'flux2-lora'} --help"
         return fail(arguments, BadConfig("usage", what, fix=fix), started)
     except StageError as error:
+        if debug:
+            traceback.print_exc()
         return fail(arguments, error, started)
     except click.Abort:
         return 128 + signal.SIGINT

@@ -235,6 +235,10 @@ def _report(inspection: Inspection, started: float) -> tuple[Result, int]:
     }
     write_file(path, msgspec.json.format(canonical_json(report)) + b"\n")
     first = errors[0][1] if errors else None
+    if first is None:
+        _say_where(job)
+    for fault in inspection.hints:
+        job.warn(fault.line())
     result = Result(
         stage="verify",
         status="failed" if errors else "built",
@@ -247,3 +251,12 @@ def _report(inspection: Inspection, started: float) -> tuple[Result, int]:
         findings=findings,
     )
     return result, errors[0][0].exit_code if errors else 0
+
+
+def _say_where(job: Job) -> None:
+    """Tell the person where the results lie."""
+    pictures = sorted(job.run_folder.glob("preview_*.png"))
+    job.say(f"the LoRA:  {job.run_folder / results.lora(job.run)}")
+    if pictures:
+        job.say(f"pictures:  {job.run_folder / results.LATEST_PREVIEW} and {len(pictures) - 1} more")
+    job.say(f"curves:    {job.run_folder / results.CURVES}")

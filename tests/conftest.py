@@ -6,3 +6,10 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+
+def pytest_configure() -> None:
+    """Give MLX a fast BLAS before any test computes, as every stage does."""
+    from stages.flux2.backend import prepare
+
+    prepare()
