@@ -37,6 +37,7 @@ STAGES = {
 HELPERS = {
     "run": "Pictures in, LoRA out: write the pipeline and run its six stages.",
     "fetch": "Bring a model's files from the Hugging Face hub.",
+    "bench": "Measure training steps on this machine, with random weights.",
 }
 TABLES = {
     "validate": "reads the dataset folder; writes dataset.parquet and captions.parquet",
