@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
 import msgspec
 
 
 class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A frozen struct that refuses unknown fields and positional arguments."""
+    """A frozen struct that refuses unknown fields and positional arguments.
+
+    `NEUTRAL` of a settings table names the fields added after a release, with the value at which they change
+    nothing: there they are left out of keys, so that what was made before the field existed stays valid.
+    """
+
+    NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType({})

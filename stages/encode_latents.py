@@ -11,7 +11,7 @@ import msgspec
 
 from schemas.errors import Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
-from stages.contract.artifacts import Built, Plan, holder
+from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of, sha256_bytes
 from stages.contract.job import Job
 from stages.contract.runner import upstream
@@ -37,7 +37,7 @@ class EncodeLatents:
         """Key the settings, the pictures and their crops, and the encoder's tensors."""
         model = model_of(job)
         dataset, _ = upstream(job, "validate")
-        settings = msgspec.to_builtins(job.config.encode_latents)
+        settings = keyed(job.config.encode_latents)
         inputs = {"pictures": dataset.roles["pictures"], "autoencoder": encoder_digest(job, model)}
         return Plan(settings, inputs)
 

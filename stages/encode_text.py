@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from schemas.manifest import Manifest
-from stages.contract.artifacts import Built, Plan, holder
+from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.runner import upstream
@@ -38,7 +36,7 @@ class EncodeText:
         dataset, _ = upstream(job, "validate")
         encoder = model.variant.text_encoder
         settings = {
-            **msgspec.to_builtins(job.config.encode_text),
+            **keyed(job.config.encode_text),
             "layers": list(encoder.layers),
             "length": encoder.length,
             "prompts": sorted(set(prompts(job))),

@@ -11,7 +11,7 @@ import msgspec
 
 from schemas import results
 from schemas.manifest import Manifest
-from stages.contract.artifacts import Built, Plan, holder, restore_file
+from stages.contract.artifacts import Built, Plan, holder, keyed, restore_file
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.runner import upstream
@@ -50,7 +50,7 @@ class Preview:
         """Key the settings, the prompts' embeddings, the weights, and the LoRA of every step shown."""
         model = model_of(job)
         text, _ = upstream(job, "encode-text")
-        settings = msgspec.to_builtins(job.config.preview)
+        settings = keyed(job.config.preview)
         del settings["during_training"]
         settings["steps"] = settings["steps"] or model.variant.preview_steps
         if settings["guidance"] is None:

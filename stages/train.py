@@ -12,7 +12,7 @@ import msgspec
 from schemas import results
 from schemas.errors import Stale
 from schemas.manifest import Manifest
-from stages.contract.artifacts import Built, Plan, restore_file
+from stages.contract.artifacts import Built, Plan, keyed, restore_file
 from stages.contract.digests import canonical_json, digest_of
 from stages.contract.job import Job
 from stages.contract.publish import write_file
@@ -40,7 +40,7 @@ class Train:
         """Key all settings but `checkpoint_every`, the seed, and the content of everything a step reads."""
         model = model_of(job)
         require_trainable(model, allow_distilled=job.config.model.allow_distilled)
-        settings = {**msgspec.to_builtins(job.config.train), "seed": job.config.run.seed}
+        settings = {**keyed(job.config.train), "seed": job.config.run.seed}
         del settings["checkpoint_every"]
         latents, _ = upstream(job, "encode-latents")
         text, _ = upstream(job, "encode-text")

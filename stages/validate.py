@@ -9,7 +9,7 @@ import msgspec
 
 from schemas.errors import Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
-from stages.contract.artifacts import Built, Plan
+from stages.contract.artifacts import Built, Plan, keyed
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.dataset.discover import listing
@@ -30,7 +30,7 @@ class Validate:
 
     def plan(self, job: Job) -> Plan:
         """Key the settings, the text length that buckets prefer, and every file's path and content."""
-        settings = msgspec.to_builtins(job.config.validate)
+        settings = keyed(job.config.validate)
         del settings["dataset"]
         settings["text_length"] = text_length(job)
         settings["plan_version"] = PLAN_VERSION
