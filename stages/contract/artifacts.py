@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from schemas.base import Strict
 from schemas.errors import Damaged
 from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
 from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes, sha256_file
@@ -39,6 +40,18 @@ class Built:
     roles: Mapping[str, str]
     counts: Mapping[str, int]
     fragments: Mapping[str, Path] = field(default_factory=dict[str, Path])
+
+
+def keyed(table: Strict) -> dict[str, Any]:
+    """Return the resolved values of a settings table as they enter keys, without fields at their neutral value."""
+    values: dict[str, Any] = msgspec.to_builtins(table)
+    for name in table.__struct_fields__:
+        value = getattr(table, name)
+        if name in table.NEUTRAL and value == table.NEUTRAL[name]:
+            del values[name]
+        elif isinstance(value, Strict):
+            values[name] = keyed(value)
+    return values
 
 
 def artifact_key(stage: str, version: int, plan: Plan) -> str:
@@ -75,13 +88,17 @@ def write_manifest(
         self_digest="",
     )
     manifest = msgspec.structs.replace(manifest, self_digest=_self_digest(manifest))
-    (work / MANIFEST).write_bytes(msgspec.json.format(canonical_json(manifest)) + b"\n")
+    (work / MANIFEST).write_bytes(_written(manifest))
     return manifest
 
 
 def record(path: Path) -> FileRecord:
     """Return the size and sha256 of a file."""
     return FileRecord(size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _written(manifest: Manifest) -> bytes:
+    return msgspec.json.format(canonical_json(manifest)) + b"\n"
 
 
 def _self_digest(manifest: Manifest) -> str:
@@ -96,12 +113,14 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     fix = "delete that folder and run the stage again"
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        data = path.read_bytes()
+        manifest = msgspec.json.decode(data, type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(
             "manifest.unreadable", "no readable manifest", where=str(path), why=str(error), fix=fix
         ) from error
-    if manifest.self_digest != _self_digest(manifest):
+    # The bytes as well: another spacing or a name twice is no manifest that was written here.
+    if manifest.self_digest != _self_digest(manifest) or data != _written(manifest):
         raise Damaged("manifest.altered", "the manifest does not match its own digest", where=str(path), fix=fix)
     if manifest.key != artifact_key(manifest.stage, manifest.version, Plan(manifest.params, manifest.inputs)):
         raise Damaged(
