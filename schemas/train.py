@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from schemas.base import Strict
+from schemas.objective import Loss, Mse, Unweighted, Weighting
+from schemas.timesteps import Shift, Timesteps, Weighted
 
 Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -28,24 +30,6 @@ class Constant(Strict, frozen=True, tag_field="kind", tag="constant"):
     warmup_steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
 
 
-class Uniform(Strict, frozen=True, tag_field="kind", tag="uniform"):
-    """t ~ U(0, 1)."""
-
-
-class LogitNormal(Strict, frozen=True, tag_field="kind", tag="logit_normal"):
-    """t = sigmoid(n), n ~ N(mean, std)."""
-
-    mean: Annotated[float, Meta(ge=-10.0, le=10.0)] = 0.0
-    std: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
-
-
-class Shift(Strict, frozen=True, tag_field="kind", tag="shift"):
-    """Logit-normal with FLUX.2's resolution shift: larger pictures see more noise."""
-
-    mean: Annotated[float, Meta(ge=-10.0, le=10.0)] = 0.0
-    std: Annotated[float, Meta(gt=0.0, le=10.0)] = 1.0
-
-
 class Train(Strict, frozen=True):
     """Keyed as a whole except `checkpoint_every` and, where the schedule allows, `steps`."""
 
@@ -64,4 +48,12 @@ class Train(Strict, frozen=True):
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     optimizer: AdamW = AdamW()
     schedule: Constant = Constant()
-    timesteps: Uniform | LogitNormal | Shift = Shift()
+    timesteps: Timesteps = Shift()
+    weighting: Weighting = Unweighted()
+    loss: Loss = Mse()
+    noise_offset: Fraction = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where noise levels would be weighted twice."""
+        if isinstance(self.timesteps, Weighted) and not isinstance(self.weighting, Unweighted):
+            raise ValueError('timesteps of kind "weighted" weight the loss already; take "uniform", or no weighting')

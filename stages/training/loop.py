@@ -19,6 +19,7 @@ from stages.training.interruption import Interruption
 from stages.training.objective import prepare
 from stages.training.randomness import distinct, dropped, uniform
 from stages.training.step import StepResult, Trainer
+from stages.training.timesteps import Moment
 
 Line = dict[str, float]
 # A rate that is too high shows in a few steps; one bad batch does not end a run.
@@ -92,10 +93,14 @@ class Loop:
         return [Sample(*each) for each in zip(ids, flip, drop, strict=True)]
 
     def _prepared(self, window: Window, step: int) -> list:
-        spec, seed = self.settings.timesteps, self.seed
+        first = step * len(window.batches)
+        moments = [
+            Moment(self.seed, step, (first + index) * self.settings.batch_size)
+            for index in range(len(window.batches))
+        ]
         return [
-            prepare(mx.array(batch.latents), mx.array(batch.text), names, spec=spec, seed=seed, step=step)
-            for names, batch in zip(window.names, window.batches, strict=True)
+            prepare(mx.array(batch.latents), mx.array(batch.text), names, settings=self.settings, moment=moment)
+            for names, batch, moment in zip(window.names, window.batches, moments, strict=True)
         ]
 
     def _record(self, step: int, result: StepResult) -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from stages.contract.digests import digest_of
 
-Purpose = Literal["noise", "timestep", "dropout", "flip"]
+Purpose = Literal["noise", "noise_offset", "timestep", "stratum", "dropout", "flip"]
 
 
 def integer(seed: int, step: int, item_id: str, purpose: Purpose) -> int:
@@ -38,9 +38,11 @@ def distinct(item_ids: Sequence[str]) -> list[str]:
     return names
 
 
-def noise(seed: int, step: int, item_ids: Sequence[str], shape: tuple[int, ...]) -> mx.array:
+def noise(
+    seed: int, step: int, item_ids: Sequence[str], shape: tuple[int, ...], purpose: Purpose = "noise"
+) -> mx.array:
     """Return standard normal noise [B, *shape] float32, a row per item."""
-    keys = [mx.random.key(integer(seed, step, item_id, "noise")) for item_id in item_ids]
+    keys = [mx.random.key(integer(seed, step, item_id, purpose)) for item_id in item_ids]
     return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from schemas.errors import Damaged
+from schemas.objective import Loss
 from schemas.train import Train
 from stages.flux2.transformer import Transformer
 from stages.lora.layer import Factors
@@ -50,7 +51,7 @@ class Trainer:
         self._optimizer = initial_state(settings.optimizer, self._factors)
         self._steps = 0
         self._running: list[mx.array] = []
-        self._gradient = _gradient(transformer, compiled=settings.compile)
+        self._gradient = _gradient(transformer, settings.loss, compiled=settings.compile)
         self._apply = _apply(settings)
 
     @property
@@ -124,15 +125,15 @@ class Trainer:
         self._running = arrays
 
 
-def _gradient(transformer: Transformer, *, compiled: bool) -> Gradient:
+def _gradient(transformer: Transformer, kind: Loss, *, compiled: bool) -> Gradient:
     """Return gradient(factors, *batch) -> (loss, gradients); a closure of its own per trainer.
 
     `mx.compile` remembers traces by function and shapes: one trace per bucket, never one of another configuration.
     """
 
-    def value(factors: Factors, *batch: mx.array) -> mx.array:
+    def value(factors: Factors, *batch: mx.array | None) -> mx.array:
         assign(transformer, factors)
-        return loss(transformer, Batch(*batch))
+        return loss(transformer, Batch(*batch), kind)
 
     gradient = mx.value_and_grad(value)
     return mx.compile(gradient) if compiled else gradient

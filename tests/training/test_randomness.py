@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from schemas.train import Constant, LogitNormal, Shift, Uniform
-from stages.flux2.flow import training_mu
+from schemas.train import Constant
 from stages.training.randomness import distinct, dropped, integer, noise, uniform
 from stages.training.schedules import learning_rate
-from stages.training.timesteps import Timesteps, draw
 
 ITEMS = [f"item-{index}" for index in range(4000)]
 
@@ -46,33 +43,6 @@ def test_captions_are_dropped_at_the_asked_rate_and_never_at_zero() -> None:
     assert sum(dropped(1, 2, ITEMS, 0.05)) / len(ITEMS) == pytest.approx(0.05, abs=0.01)
     assert not any(dropped(1, 2, ITEMS, 0.0))
     assert all(dropped(1, 2, ITEMS, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("spec", "tokens", "median", "upper"),
-    [
-        (Uniform(), 1024, 0.5, 0.8413),
-        (LogitNormal(), 1024, 0.5, 0.7311),
-        (LogitNormal(mean=1.0, std=0.5), 1024, 0.7311, 0.8176),
-        (Shift(), 256, 0.6225, 0.8176),
-        (Shift(), 4096, 0.7595, 0.8957),
-    ],
-)
-def test_timesteps_follow_their_distribution(spec: Timesteps, tokens: int, median: float, upper: float) -> None:
-    drawn = draw(spec, 1, 0, ITEMS, tokens)
-    assert drawn.dtype == np.float32
-    assert np.quantile(drawn, [0.5, 0.8413]) == pytest.approx([median, upper], abs=0.02)
-
-
-def test_timesteps_stay_inside_zero_and_one() -> None:
-    drawn = draw(LogitNormal(std=10.0), 1, 0, ITEMS, 16)
-    assert 0 <= drawn.min() < drawn.max() <= 1
-
-
-def test_shift_is_that_of_the_sigma_formula() -> None:
-    plain, shifted = draw(LogitNormal(), 1, 0, ITEMS[:8], 1024), draw(Shift(), 1, 0, ITEMS[:8], 1024)
-    factor = np.exp(training_mu(1024))
-    assert shifted == pytest.approx(plain * factor / (1 + (factor - 1) * plain), rel=1e-6)
 
 
 def test_learning_rate_warms_up_linearly_and_stays() -> None:

@@ -16,6 +16,7 @@ from stages.lora.targets import resolve
 from stages.training.objective import Batch, prepare
 from stages.training.optimizers import initial_state, updater
 from stages.training.step import StepResult, Trainer
+from stages.training.timesteps import Moment
 from tests.golden import tiny
 
 SETTINGS = Train(learning_rate=1e-2, rank=4, alpha=4.0, gradient_checkpointing=False)
@@ -30,7 +31,7 @@ def trainer(settings: Train = SETTINGS) -> Trainer:
 def batch(step: int, names: Sequence[str] = ("a", "b"), height: int = 3) -> Batch:
     latents = mx.stack([mx.random.normal((8, height, 5), key=mx.random.key(ord(name))) for name in names])
     text = mx.stack([mx.random.normal((7, 24), key=mx.random.key(1000 + ord(name))) for name in names])
-    return prepare(latents, text, names, spec=SETTINGS.timesteps, seed=3, step=step)
+    return prepare(latents, text, names, settings=SETTINGS, moment=Moment(3, step))
 
 
 def equal(left: dict[str, mx.array], right: dict[str, mx.array]) -> bool:

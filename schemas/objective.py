@@ -1,0 +1,70 @@
+"""What the loss is: `[train.loss]`, `[train.weighting]`, `[train.mask]`, `[train.preservation]`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from schemas.base import Strict
+
+Weight = Annotated[float, Meta(gt=0.0, le=1000.0)]
+
+
+class Mse(Strict, frozen=True, tag_field="kind", tag="mse"):
+    """The square of the velocity's error."""
+
+
+class Huber(Strict, frozen=True, tag_field="kind", tag="huber"):
+    """The square up to an error of `delta`, then the tangent: outliers pull with constant force."""
+
+    delta: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+
+
+Loss = Mse | Huber
+
+
+class Unweighted(Strict, frozen=True, tag_field="kind", tag="none"):
+    """Every noise level counts the same."""
+
+
+class Bell(Strict, frozen=True, tag_field="kind", tag="bell"):
+    """ai-toolkit's table, mean about 1: noise levels around 0.88 count most, nearly clean pictures least."""
+
+
+class SigmaSqrt(Strict, frozen=True, tag_field="kind", tag="sigma_sqrt"):
+    """t^-2, as diffusers has it: nearly clean pictures count most."""
+
+
+class Cosmap(Strict, frozen=True, tag_field="kind", tag="cosmap"):
+    """2 / (pi (1 - 2t + 2t^2)), as diffusers has it: the middle counts twice the ends."""
+
+
+Weighting = Unweighted | Bell | SigmaSqrt | Cosmap
+
+
+class Mask(Strict, frozen=True):
+    """How much cells outside a picture's mask count, and whether the base model's prediction is their target."""
+
+    outside: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
+    keep_base: bool = False
+
+
+class Output(Strict, frozen=True, tag_field="kind", tag="output"):
+    """Keep what the base model makes of `class_word`: where the trigger stands, put it, and train to change nothing.
+
+    Every `every`-th step pays for a second pass over its pictures; its loss counts `weight` times.
+    """
+
+    class_word: Annotated[str, Meta(min_length=1, max_length=64)]
+    every: Annotated[int, Meta(ge=1, le=1000)] = 1
+    weight: Weight = 1.0
+
+
+class Prior(Strict, frozen=True, tag_field="kind", tag="prior"):
+    """Train on pictures of the class beside those of the subject; each counts `weight` times."""
+
+    weight: Weight = 1.0
+
+
+Preservation = Output | Prior
