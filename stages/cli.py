@@ -20,6 +20,7 @@ import msgspec
 
 from schemas.errors import BadConfig, Fault, StageError, Stopped
 from schemas.manifest import Result, ResultError
+from schemas.version import VERSION
 from stages.console import messages
 from stages.contract.config import load_config
 from stages.contract.job import Flags, Job
@@ -87,9 +88,7 @@ class Commands(click.Group):
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001
     if value:
-        from importlib.metadata import version
-
-        click.echo(f"flux2-lora {version('flux2-lora')}")
+        click.echo(f"flux2-lora {VERSION}")
         ctx.exit()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import msgspec
 from schemas import results
 from schemas.errors import Stale
 from schemas.manifest import Manifest
+from schemas.version import VERSION
 from stages.contract.artifacts import Built, Plan, keyed, restore_file
 from stages.contract.digests import canonical_json, digest_of
 from stages.contract.job import Job
@@ -247,7 +247,7 @@ def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:
 
     inputs = {name: digest for name, digest in plan.inputs.items() if name != "transformer"}
     return {
-        "software": f"flux2-lora {version('flux2-lora')}",
+        "software": f"flux2-lora {VERSION}",
         "base_model": model_of(job).variant.name,
         "base_model_digest": plan.inputs["transformer"],
         "dataset_digest": digest_of("training-data", inputs),

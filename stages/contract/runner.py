@@ -16,6 +16,7 @@ import msgspec
 
 from schemas.errors import Damaged, Fault, Stale
 from schemas.manifest import Manifest
+from schemas.version import VERSION
 from stages.contract.artifacts import (
     Built,
     Plan,
@@ -33,7 +34,7 @@ from stages.contract.locks import hold
 from stages.contract.publish import no_resources, publish_folder, workspace
 
 STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
-PACKAGES = ("flux2-lora", "mlx", "numpy", "pillow", "zarr", "pyarrow", "tokenizers")
+PACKAGES = ("mlx", "numpy", "pillow", "zarr", "pyarrow", "tokenizers")
 
 
 class Stage(Protocol):
@@ -215,7 +216,7 @@ def _short(value: object) -> str:
 
 
 def _provenance(started: float) -> dict[str, str]:
-    about = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    about = {"flux2-lora": VERSION, "python": platform.python_version(), "platform": platform.platform(terse=True)}
     for package in PACKAGES:
         try:
             about[package] = version(package)
