@@ -5,38 +5,29 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
 from schemas.base import Strict
+from schemas.ema import Ema
 from schemas.objective import Loss, Mse, Unweighted, Weighting
+from schemas.optimizers import AdamW, Optimizer
+from schemas.schedules import Constant, Schedule
 from schemas.timesteps import Shift, Timesteps, Weighted
 
 Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-Beta = Annotated[float, Meta(ge=0.0, lt=1.0)]
-
-
-class AdamW(Strict, frozen=True, tag_field="kind", tag="adamw"):
-    """AdamW with decoupled weight decay; bias-corrected moments."""
-
-    beta1: Beta = 0.9
-    beta2: Beta = 0.999
-    eps: Annotated[float, Meta(gt=0.0, le=1.0)] = 1e-8
-    weight_decay: Annotated[float, Meta(ge=0.0, le=1.0)] = 1e-4
-
-
-class Constant(Strict, frozen=True, tag_field="kind", tag="constant"):
-    """The same rate at every step after a linear warm-up of `warmup_steps`."""
-
-    warmup_steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
 
 
 class Train(Strict, frozen=True):
-    """Keyed as a whole except `checkpoint_every` and, where the schedule allows, `steps`."""
+    """Keyed as a whole except `checkpoint_every` and, where the schedule allows, `steps`.
+
+    A `learning_rate` left out is the optimizer's own, filled in at once: keys hold the number.
+    """
 
     steps: Positive = 1500
     batch_size: Annotated[int, Meta(ge=1, le=1024)] = 1
     gradient_accumulation: Annotated[int, Meta(ge=1, le=1024)] = 1
-    learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)] = 1e-4
+    learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     rank: Annotated[int, Meta(ge=1, le=1024)] = 16
     alpha: Annotated[float, Meta(gt=0.0, le=4096.0)] = 16.0
     targets: Literal["blocks", "attention"] | tuple[str, ...] = "blocks"
@@ -46,14 +37,21 @@ class Train(Strict, frozen=True):
     caption_dropout: Fraction = 0.05
     clip_norm: Annotated[float, Meta(gt=0.0, le=1e6)] = 1.0
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    optimizer: AdamW = AdamW()
-    schedule: Constant = Constant()
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Constant()
+    ema: Ema | None = None
     timesteps: Timesteps = Shift()
     weighting: Weighting = Unweighted()
     loss: Loss = Mse()
     noise_offset: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError where noise levels would be weighted twice."""
+        """Fill in the learning rate. Raises ValueError where noise levels would be weighted twice."""
+        force_setattr(self, "learning_rate", self.peak_rate)
         if isinstance(self.timesteps, Weighted) and not isinstance(self.weighting, Unweighted):
             raise ValueError('timesteps of kind "weighted" weight the loss already; take "uniform", or no weighting')
+
+    @property
+    def peak_rate(self) -> float:
+        """The greatest learning rate of the schedule."""
+        return self.optimizer.default_rate if self.learning_rate is None else self.learning_rate

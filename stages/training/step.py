@@ -18,16 +18,18 @@ from schemas.train import Train
 from stages.flux2.transformer import Transformer
 from stages.lora.layer import Factors
 from stages.lora.merge import assign, trainable
+from stages.training.ema import initial_average, update_average
 from stages.training.objective import Batch, loss
-from stages.training.optimizers import State, initial_state, updater
+from stages.training.optimizers.choice import optimizer
+from stages.training.optimizers.rule import State
 from stages.training.schedules import learning_rate
 
 # As torch.nn.utils.clip_grad_norm_: keeps the quotient finite for a norm of zero.
 CLIP_EPS = 1e-6
-LORA, OPTIMIZER, STEPS = "lora.", "optimizer.", "steps"
+LORA, OPTIMIZER, EMA, STEPS = "lora.", "optimizer.", "ema.", "steps"
 
 Gradient = Callable[..., tuple[mx.array, Factors]]
-Apply = Callable[..., tuple[Factors, State, mx.array, mx.array]]
+Apply = Callable[..., tuple[Factors, State, State, mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Trainer:
         self._transformer = transformer
         self._settings = settings
         self._factors = trainable(transformer)
-        self._optimizer = initial_state(settings.optimizer, self._factors)
+        self._rule = optimizer(settings.optimizer)
+        self._optimizer = self._rule.initial(self._factors)
+        self._average = {} if settings.ema is None else initial_average(self._factors)
         self._steps = 0
         self._running: list[mx.array] = []
         self._gradient = _gradient(transformer, settings.loss, compiled=settings.compile)
@@ -66,26 +70,35 @@ class Trainer:
 
     @property
     def factors(self) -> Factors:
-        """The adapters' float32 factors as of now."""
-        return self._factors
+        """The adapters' float32 factors as of now, as they are to be saved: the optimizer may train on others."""
+        return self._rule.evaluated(self._factors, self._optimizer)
+
+    @property
+    def ema_factors(self) -> Factors | None:
+        """Their moving average; None when `ema` is off. Training goes on from the factors themselves."""
+        return {name: self._average[name] for name in self._factors} if self._average else None
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """Take one optimizer step over a window of micro-batches, in which every sample counts the same."""
-        rate = learning_rate(self._settings.schedule, self._settings.learning_rate, self._steps)
+        settings = self._settings
+        rate = learning_rate(settings.schedule, settings.peak_rate, self._steps, settings.steps)
         total, gradients = self._accumulate(batches)
-        self._factors, self._optimizer, norm, finite = self._apply(
-            total, gradients, self._factors, self._optimizer, mx.array(rate)
+        self._factors, self._optimizer, self._average, norm, finite = self._apply(
+            total, gradients, self._factors, self._optimizer, self._average, mx.array(rate)
         )
         self._steps += 1
         assign(self._transformer, self._factors)
-        self._launch([total, norm, finite, *self._factors.values(), *self._optimizer.values()])
+        self._launch(
+            [total, norm, finite, *self._factors.values(), *self._optimizer.values(), *self._average.values()]
+        )
         return StepResult(total, norm, finite, rate)
 
     def state(self) -> dict[str, mx.array]:
-        """Return everything a later step depends on: float32 factors, optimizer state, the step count."""
+        """Return everything a later step depends on: float32 factors, optimizer state, average, step count."""
         return {
             **{f"{LORA}{name}": factor for name, factor in self._factors.items()},
             **{f"{OPTIMIZER}{name}": array for name, array in self._optimizer.items()},
+            **{f"{EMA}{name}": array for name, array in self._average.items()},
             STEPS: mx.array(self._steps, dtype=mx.uint64),
         }
 
@@ -102,6 +115,7 @@ class Trainer:
             )
         self._factors = {name: state[f"{LORA}{name}"] for name in self._factors}
         self._optimizer = {name: state[f"{OPTIMIZER}{name}"] for name in self._optimizer}
+        self._average = {name: state[f"{EMA}{name}"] for name in self._average}
         self._steps = int(np.array(state[STEPS]))
         assign(self._transformer, self._factors)
 
@@ -140,20 +154,30 @@ def _gradient(transformer: Transformer, kind: Loss, *, compiled: bool) -> Gradie
 
 
 def _apply(settings: Train) -> Apply:
-    """Return apply(loss, gradients, factors, state, rate) -> (factors, state, norm, finite)."""
-    update = updater(settings.optimizer)
+    """Return apply(loss, gradients, factors, state, average, rate) -> (factors, state, average, norm, finite)."""
+    rule = optimizer(settings.optimizer)
 
     def apply(
-        total: mx.array, gradients: Factors, factors: Factors, state: State, rate: mx.array
-    ) -> tuple[Factors, State, mx.array, mx.array]:
+        total: mx.array, gradients: Factors, factors: Factors, state: State, average: State, rate: mx.array
+    ) -> tuple[Factors, State, State, mx.array, mx.array]:
         norm = mx.sqrt(mx.stack([mx.square(gradient).sum() for gradient in gradients.values()]).sum())
         clip = mx.minimum(1.0, settings.clip_norm / (norm + CLIP_EPS))
         clipped = {name: gradient * clip for name, gradient in gradients.items()}
-        new_factors, new_state = update(clipped, factors, state, rate)
+        new_factors, new_state = rule.update(clipped, factors, state, rate)
+        new_average = (
+            {}
+            if settings.ema is None
+            else update_average(settings.ema, average, rule.evaluated(new_factors, new_state))
+        )
         finite = mx.isfinite(total) & mx.isfinite(norm)
+
+        def guarded(new: State, old: State) -> State:
+            return {name: mx.where(finite, array, old[name]) for name, array in new.items()}
+
         return (
-            {name: mx.where(finite, new, factors[name]) for name, new in new_factors.items()},
-            {name: mx.where(finite, new, state[name]) for name, new in new_state.items()},
+            guarded(new_factors, factors),
+            guarded(new_state, state),
+            guarded(new_average, average),
             norm,
             finite,
         )

@@ -3,9 +3,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from schemas.train import Constant
 from stages.training.randomness import distinct, dropped, integer, noise, uniform
-from stages.training.schedules import learning_rate
 
 ITEMS = [f"item-{index}" for index in range(4000)]
 
@@ -43,10 +41,3 @@ def test_captions_are_dropped_at_the_asked_rate_and_never_at_zero() -> None:
     assert sum(dropped(1, 2, ITEMS, 0.05)) / len(ITEMS) == pytest.approx(0.05, abs=0.01)
     assert not any(dropped(1, 2, ITEMS, 0.0))
     assert all(dropped(1, 2, ITEMS, 1.0))
-
-
-def test_learning_rate_warms_up_linearly_and_stays() -> None:
-    assert [learning_rate(Constant(warmup_steps=4), 1e-3, step) for step in (0, 1, 3, 4, 1000)] == pytest.approx(
-        [0.25e-3, 0.5e-3, 1e-3, 1e-3, 1e-3]
-    )
-    assert learning_rate(Constant(), 1e-3, 0) == 1e-3

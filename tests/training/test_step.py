@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +8,11 @@ import msgspec
 import pytest
 
 from schemas.errors import Damaged
-from schemas.train import AdamW, Constant, Train
-from stages.lora.layer import Factors
+from schemas.schedules import Constant
+from schemas.train import Train
 from stages.lora.merge import attach, trainable
 from stages.lora.targets import resolve
 from stages.training.objective import Batch, prepare
-from stages.training.optimizers import initial_state, updater
 from stages.training.step import StepResult, Trainer
 from stages.training.timesteps import Moment
 from tests.golden import tiny
@@ -142,23 +140,6 @@ def test_the_reported_norm_is_that_before_clipping() -> None:
     ]
     expected = moments[0] * (1e-3 / (norms[0] + 1e-6))
     assert tiny.error(moments[1], expected) <= 1e-6
-
-
-def test_adamw_is_that_of_torch() -> None:
-    """Three steps written out: decoupled decay, corrected moments, as torch.optim.AdamW documents them."""
-    spec, rate = AdamW(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1), 0.01
-    factors: Factors = {"w.lora_A": mx.array([1.0, -2.0])}
-    state, update = initial_state(spec, factors), updater(spec)
-    weight, m, v = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
-    for step, gradient in enumerate(([0.3, -0.1], [0.2, 0.4], [-5.0, 1e-4]), start=1):
-        factors, state = update({"w.lora_A": mx.array(gradient)}, factors, state, mx.array(rate))
-        for i in range(2):
-            m[i] = 0.9 * m[i] + 0.1 * gradient[i]
-            v[i] = 0.99 * v[i] + 0.01 * gradient[i] ** 2
-            change = (m[i] / (1 - 0.9**step)) / (math.sqrt(v[i] / (1 - 0.99**step)) + 1e-8)
-            weight[i] = weight[i] * (1 - rate * 0.1) - rate * change
-    assert factors["w.lora_A"].tolist() == pytest.approx(weight, rel=1e-6)
-    assert set(state) == {"step", "w.lora_A.m", "w.lora_A.v"}
 
 
 def test_warm_up_sets_the_rate_of_each_step() -> None:
