@@ -1,0 +1,98 @@
+"""What is kept while training goes on: live metrics, checkpoints, their LoRA files and pictures."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import msgspec
+
+from schemas import results
+from schemas.version import VERSION
+from stages.console.progress import Measures, Progress
+from stages.contract.artifacts import Plan, restore_file
+from stages.contract.digests import canonical_json, digest_of
+from stages.contract.job import Job
+from stages.contract.publish import write_file
+from stages.flux2.identity import model_of
+from stages.flux2.load import load_autoencoder
+from stages.lora.formats.bfl import metadata, to_tensors
+from stages.stores.tensors import from_mlx
+from stages.training.checkpoints import Checkpoint, Snapshot, metrics_lines, trajectory_of, write_checkpoint
+from stages.training.loop import Line
+from stages.training.previews import NO_LORA, Painter, place, scene_of
+from stages.training.step import Trainer
+
+
+class Recorder:
+    """What is kept while training goes on: live metrics, checkpoints, their LoRA files and pictures."""
+
+    def __init__(self, job: Job, plan: Plan, trainer: Trainer, bar: Progress) -> None:
+        self._job = job
+        self._plan = plan
+        self._trainer = trainer
+        self._bar = bar
+        self._metrics: list[Line] = []
+        self._live = job.run_folder / results.METRICS
+        self.last: Checkpoint
+
+    def begin(self, metrics: list[Line]) -> None:
+        """Start from the lines of the steps already done; draw the model without a LoRA."""
+        self._metrics = metrics
+        write_file(self._live, metrics_lines(metrics))
+        self._draw(None, 0)
+
+    def line(self, line: Line) -> None:
+        """Append a step's line, and show it."""
+        with self._live.open("ab") as file:
+            file.write(msgspec.json.encode(line) + b"\n")
+        self._bar.measure(Measures(line["loss"], line["learning_rate"], int(line["peak_bytes"])))
+        self._bar.advance(1)
+
+    def checkpoint(self, step: int, public: bool) -> None:  # noqa: FBT001
+        """Publish the state; a public one also gives its LoRA file and pictures."""
+        settings = self._job.config.train
+        scale, dtype = settings.alpha / settings.rank, getattr(mx, settings.save_dtype)
+        lora = to_tensors(self._trainer.factors, scale=scale, dtype=dtype)
+        snapshot = Snapshot(
+            step=step,
+            public=public,
+            state={name: from_mlx(array) for name, array in self._trainer.state().items()},
+            lora={name: from_mlx(array) for name, array in lora.items()},
+            metadata=metadata(settings.rank, _provenance(self._job, self._plan, step)),
+            metrics=self._metrics,
+        )
+        self.last = write_checkpoint(self._job.store, trajectory_of(self._plan.params, self._plan.inputs), snapshot)
+        if public:
+            target = self._job.run_folder / results.checkpoint(step)
+            restore_file(self.last.lora, target, self._job.digests)
+            self._draw(self.last, step)
+
+    def _draw(self, checkpoint: Checkpoint | None, step: int) -> None:
+        """Draw the previews of a saved LoRA on the transformer in memory, unless they are wanted later."""
+        if not (self._job.config.preview.during_training and self._job.config.preview.prompts):
+            return
+        scene = scene_of(self._job)
+        model = model_of(self._job)
+        painter = Painter(
+            self._job.stores,
+            scene,
+            transformer=lambda: self._trainer.transformer,
+            decoder=lambda: load_autoencoder(model, encoder=False, decoder=True),
+        )
+        lora, digest = (None, NO_LORA) if checkpoint is None else (checkpoint.lora, checkpoint.manifest.lora)
+        with self._bar.paused(f"drawing previews of step {step}"):
+            painter.paint(lora, digest)
+        place(self._job, scene, digest, step)
+
+
+def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:
+    """What the LoRA file says of how it was made: settings and digests, no path or name of a person."""
+    inputs = {name: digest for name, digest in plan.inputs.items() if name != "transformer"}
+    return {
+        "software": f"flux2-lora {VERSION}",
+        "base_model": model_of(job).variant.name,
+        "base_model_digest": plan.inputs["transformer"],
+        "dataset_digest": digest_of("training-data", inputs),
+        "trajectory": trajectory_of(plan.params, plan.inputs),
+        "step": str(step),
+        "config": canonical_json(plan.params).decode(),
+    }
