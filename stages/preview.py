@@ -99,25 +99,30 @@ class Preview:
         return _counts(manifest.counts["images"], 0)
 
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
-        """Put every step's picture, and the latest, into the run folder."""
-        for name in manifest.files:
+        """Put every step's picture, and the latest, into the run folder. Raises Damaged for a changed one."""
+        from stages.training.copies import restore_proved
+
+        for name, entry in manifest.files.items():
             if name != INDEX:
-                restore_file(folder / name, job.run_folder / name, job.digests)
+                restore_proved(job, folder / name, entry, job.run_folder / name, self.name)
         pictures = msgspec.json.decode((folder / INDEX).read_bytes(), type=list[Picture])
         for each in pictures:
-            restore_file(holder(each.fragment, job.stores) / each.fragment, job.run_folder / each.file, job.digests)
+            source = holder(each.fragment, job.stores) / each.fragment
+            restore_proved(job, source, manifest.fragments[each.fragment], job.run_folder / each.file, self.name)
         if pictures:
             latest = job.run_folder / results.preview(max(each.step for each in pictures))
             restore_file(latest, job.run_folder / results.LATEST_PREVIEW, job.digests)
 
 
 def shots(job: Job) -> list[Shot]:
-    """Return step 0 without a LoRA, every public checkpoint, and the last step."""
+    """Return step 0 without a LoRA, every public checkpoint, and the finished LoRA."""
     from stages.training.checkpoints import public_checkpoints
 
-    manifest, _ = upstream(job, "train")
+    manifest, folder = upstream(job, "train")
+    steps = manifest.params["steps"]
     found = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
-    return [Shot(0, "none", None), *(Shot(each.step, each.manifest.lora, each.lora) for each in found)]
+    before = [Shot(each.step, each.manifest.lora, each.lora) for each in found if each.step < steps]
+    return [Shot(0, "none", None), *before, Shot(steps, manifest.roles["lora"], folder / "lora.safetensors")]
 
 
 def _pictures(scene: Scene, wanted: list[Shot]) -> list[Picture]:

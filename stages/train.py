@@ -75,7 +75,7 @@ class Train:
         return manifest.counts
 
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
-        """Put the LoRA, its checkpoints, metrics and curves into the run folder. Raises Damaged for a changed LoRA."""
+        """Put the LoRA, its checkpoints, metrics and curves into the run folder. Raises Damaged."""
         from stages.training.checkpoints import public_checkpoints
         from stages.training.copies import restore_proved
 

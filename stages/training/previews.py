@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from schemas import results
+from schemas.errors import Damaged
 from schemas.tables import EMBEDDING_INDEX
 from stages.console.charts import grid, save_png
 from stages.contract.artifacts import holder, restore_file
@@ -30,7 +31,7 @@ from stages.lora.layer import Factors
 from stages.lora.merge import applied
 from stages.stores.embeddings import EmbeddingReader, EmbeddingRow
 from stages.stores.tables import read_table
-from stages.stores.tensors import load, to_mlx
+from stages.stores.tensors import load, tensor_digest, to_mlx
 from stages.training.data import embedding_row, widened
 
 VERSION = 1
@@ -124,7 +125,7 @@ class Painter:
         if not missing:
             return 0
         transformer = self._transformer()
-        factors = {} if lora is None else load_lora(lora, transformer)
+        factors = {} if lora is None else load_lora(lora, transformer, lora_digest)
         with applied(transformer, factors):
             for key, (_, row) in zip(self._scene.keys(lora_digest), self._scene.prompts, strict=True):
                 if key in missing:
@@ -155,9 +156,21 @@ class Painter:
             publish_file(path, self._stores[0] / picture_name(key))
 
 
-def load_lora(path: Path, transformer: Transformer) -> Factors:
-    """Return the factors of a LoRA file in any known format. Raises Damaged when it does not fit the model."""
+def load_lora(path: Path, transformer: Transformer, digest: str) -> Factors:
+    """Return the factors of a LoRA file in any known format.
+
+    Raises Damaged when its tensors are not those of `digest`, or do not fit the model.
+    """
     file = load(path)
+    if tensor_digest(file.tensors) != digest:
+        # Pictures are kept under the digest: drawn from other tensors, they would be wrong for ever.
+        raise Damaged(
+            "lora.digest",
+            "the LoRA's tensors changed since it was saved",
+            where=str(path),
+            why=f"expected tensor digest {digest}",
+            fix="flux2-lora train --config ... --force",
+        )
     tensors = {name: to_mlx(tensor) for name, tensor in file.tensors.items()}
     return read(tensors, file.metadata, transformer.config, str(path))
 

@@ -1,0 +1,28 @@
+"""Copies in the run folder of what lies in the store: a stored file is proved before it replaces anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from schemas.errors import Damaged
+from schemas.manifest import FileRecord
+from stages.contract.artifacts import restore_file
+from stages.contract.job import Job
+
+
+def restore_proved(job: Job, source: Path, recorded: FileRecord, target: Path, stage: str) -> None:
+    """Make `target` a copy of the stored file `source`, unless it is one already.
+
+    Raises Damaged, naming the command that makes `stage` again, when the stored bytes are not the recorded ones; the
+    target then stays as it is.
+    """
+    found = job.digests.files([source])[0] if source.is_file() else "no file"
+    if found != recorded.sha256:
+        raise Damaged(
+            "file.changed",
+            "a stored file is missing or its bytes changed",
+            where=str(source),
+            why=f"expected sha256 {recorded.sha256}, found {found}",
+            fix=f"{job.remedy(stage)} --force",
+        )
+    restore_file(source, target, job.digests)
