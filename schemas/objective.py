@@ -49,6 +49,11 @@ class Mask(Strict, frozen=True):
     outside: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
     keep_base: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where the base model would be kept at no weight."""
+        if self.keep_base and not self.outside:
+            raise ValueError("keep_base acts by the weight `outside`, which is 0")
+
 
 class Output(Strict, frozen=True, tag_field="kind", tag="output"):
     """Keep what the base model makes of `class_word`: where the trigger stands, put it, and train to change nothing.
