@@ -46,7 +46,7 @@ class Job:
     flags: Flags = Flags()
     say: Callable[[str], None] = _silent
     warn: Callable[[str], None] = _silent
-    upstream: dict[str, Manifest] = field(default_factory=dict[str, Manifest])
+    upstream: dict[str, tuple[Manifest, Path]] = field(default_factory=dict[str, tuple[Manifest, Path]])
 
     @property
     def run(self) -> str:

@@ -97,6 +97,8 @@ def upstream(job: Job, name: str) -> tuple[Manifest, Path]:
 
     Raises Stale, naming the command, when it has not been made: the inputs changed, or it never ran.
     """
+    if name in job.upstream:
+        return job.upstream[name]
     stage = load_stage(name)
     key = artifact_key(name, stage.version, stage.plan(job))
     folder = find(name, key, job.stores)
@@ -104,9 +106,8 @@ def upstream(job: Job, name: str) -> tuple[Manifest, Path]:
         receipt = read_receipt(job.run_folder, name)
         what = f"{name} has not run" if receipt is None else f"the inputs of {name} changed since it ran"
         raise Stale("input.missing" if receipt is None else "input.stale", what, where=job.run, fix=job.remedy(name))
-    if name not in job.upstream:
-        job.upstream[name] = read_manifest(folder)
-    return job.upstream[name], folder
+    job.upstream[name] = (read_manifest(folder), folder)
+    return job.upstream[name]
 
 
 def run_stage(stage: Stage, job: Job) -> Outcome:
@@ -138,7 +139,6 @@ def _build(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outc
         manifest = write_manifest(work, (stage.name, stage.version, key), plan, built, _provenance(started))
         folder = job.store / stage.name / key
         publish_folder(work, folder)
-    job.upstream.pop(stage.name, None)
     with no_resources(job.run_folder):
         stage.restore(job, folder, manifest)
         write_receipt(job.run_folder, manifest)
