@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from schemas.errors import Busy, NoResources
-from stages.contract.publish import no_resources
+from stages.contract.publish import make_folder, no_resources
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
     When another process has it: with `wait`, call `waiting` with who that is and block; else raise Busy.
     """
     with no_resources(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         file = path.open("a+")
     with file:
         if not _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path):

@@ -26,27 +26,27 @@ TEMPORARY = ".tmp"
 def workspace(store: Path) -> Generator[Path]:
     """Yield a fresh folder below `<store>/.tmp`, removed afterwards; litter of dead processes is removed first."""
     base = store / TEMPORARY
-    with no_resources(base):
-        base.mkdir(parents=True, exist_ok=True)
-    sweep(base)
     folder = base / uuid.uuid4().hex
-    # Held as long as this process lives: what tells litter from work in progress.
-    with (base / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder.mkdir()
-        try:
-            with no_resources(folder):
+    with no_resources(base):
+        make_folder(base)
+        sweep(base)
+        with folder.with_suffix(".new").open("w") as lock:
+            # Held as long as this process lives: what tells litter from work in progress. Sweepers see it only then.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held = Path(lock.name).rename(folder.with_suffix(".lock"))
+            folder.mkdir()
+            try:
                 yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                held.unlink(missing_ok=True)
 
 
 def sweep(base: Path) -> None:
     """Remove work folders below `base` whose owner is gone."""
     for path in base.glob("*.lock"):
         try:
-            with path.open("w") as lock:
+            with path.open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 path.unlink(missing_ok=True)
@@ -73,6 +73,14 @@ def no_resources(path: Path) -> Generator[None]:
                 why=f"{free_bytes / 1e6:.0f} MB free",
                 fix="free some space and run the same command again; finished work is kept",
             ) from error
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise NoResources(
+                "disk.in_the_way",
+                "cannot write there",
+                where=str(error.filename or path),
+                why=error.strerror or "",
+                fix="move away what is there, or name another folder",
+            ) from error
         if error.errno in (errno.EIO, errno.EROFS, errno.EXDEV):
             raise NoResources(
                 "disk.failed", "cannot write", where=str(path), why=str(error), fix="check the disk, then run again"
@@ -83,14 +91,18 @@ def no_resources(path: Path) -> Generator[None]:
 def publish_folder(work: Path, target: Path) -> None:
     """Sync every file and folder of `work`, rename it to `target`, sync the parent.
 
-    A target with the same files and bytes stays; one that differs (damaged, or rebuilt by force) is replaced.
+    A target with the same files and bytes stays; one that differs (damaged, or rebuilt by force) or is a link is
+    replaced.
     """
-    if target.exists() and _same_folder(work, target):
+    if _same_folder(work, target):
         return
     for path in sorted(work.rglob("*")):
         sync(path)
     sync(work)
-    _move(work, target)
+    while not _moved(work, target):
+        # Another process published it since we looked.
+        if _same_folder(work, target):
+            return
 
 
 def publish_file(work: Path, target: Path) -> None:
@@ -98,28 +110,39 @@ def publish_file(work: Path, target: Path) -> None:
     if target.is_file() and not target.is_symlink() and sha256_file(work) == sha256_file(target):
         return
     sync(work)
-    _move(work, target)
+    _moved(work, target)
 
 
 def write_file(target: Path, data: bytes) -> None:
     """Write `data` to `target` by way of a synced sibling and a rename; a symlink is replaced, never followed."""
     with no_resources(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.parent / f".{uuid.uuid4().hex}.tmp"
+        make_folder(target.parent)
+        aside = target.parent / f".{target.name}.tmp"
+        while not _written(data, aside, target):
+            # Another process renamed its own sibling of that name while we waited for it.
+            continue
+        sync(target.parent)
+
+
+def _written(data: bytes, aside: Path, target: Path) -> bool:
+    """One name for all writers, and a lock: what a killed process leaves, the next one overwrites."""
+    with aside.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                _sync_descriptor(file.fileno())
+            if aside.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                return False
+        except FileNotFoundError:
+            return False
+        try:
+            file.truncate(0)
+            file.write(data)
+            file.flush()
+            _sync_descriptor(file.fileno())
             aside.replace(target)
-            sync(target.parent)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy `source` to `target` as `write_file` does."""
-    write_file(target, source.read_bytes())
+        except OSError:
+            aside.unlink()
+            raise
+    return True
 
 
 def sync(path: Path) -> None:
@@ -138,15 +161,26 @@ def _sync_descriptor(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def _move(work: Path, target: Path) -> None:
-    _make_folder(target.parent)
-    if target.exists():
-        target.rename(work.parent / f"{uuid.uuid4().hex}.replaced")
-    work.rename(target)
+def _moved(work: Path, target: Path) -> bool:
+    """Rename `work` to `target`; False when another process put a folder there at this moment."""
+    make_folder(target.parent)
+    # A file takes a file's place in one rename; a folder needs the place free.
+    if target.is_dir() or target.is_symlink():
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(work.parent / f"{uuid.uuid4().hex}.replaced")
+    try:
+        work.rename(target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
     sync(target.parent)
+    return True
 
 
 def _same_folder(left: Path, right: Path) -> bool:
+    if right.is_symlink() or not right.is_dir():
+        return False
     names = sorted(path.relative_to(left) for path in left.rglob("*") if path.is_file())
     if names != sorted(path.relative_to(right) for path in right.rglob("*") if not path.is_dir()):
         return False
@@ -155,10 +189,11 @@ def _same_folder(left: Path, right: Path) -> bool:
     )
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it, durably."""
     if folder.exists():
         return
-    _make_folder(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync(folder.parent)
 

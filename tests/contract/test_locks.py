@@ -1,0 +1,118 @@
+"""Locks: one holder at a time, named to the others, freed by its death."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import Busy, NoResources
+from stages.contract import locks
+from stages.contract.locks import hold
+
+HOLD = """
+import sys
+from pathlib import Path
+from stages.contract.locks import hold
+with hold(Path(sys.argv[1]), wait=False, waiting=print):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def silent(_: str) -> None:
+    """Be told of no one."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / ".locks" / "train.lock"
+
+
+@pytest.fixture
+def holder(path: Path) -> Generator[subprocess.Popen[str]]:
+    """Return a process that holds the lock until its stdin ends."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_second_holder_is_busy_and_told_who_is_at_work(path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(Busy) as raised, hold(path, wait=False, waiting=silent):
+        pass
+    fault = raised.value.faults[0]
+    assert raised.value.exit_code == 6
+    assert fault.code == "lock.held"
+    assert f"pid {holder.pid} on " in fault.why
+    assert "--wait" in fault.fix
+
+
+def test_lock_is_freed_by_the_holders_death(path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert f"pid {holder.pid}" in path.read_text()
+    with hold(path, wait=False, waiting=silent):
+        assert f"pid {os.getpid()} on " in path.read_text()
+
+
+def test_waiting_is_announced_and_ends_when_the_holder_does(path: Path, holder: subprocess.Popen[str]) -> None:
+    told: list[str] = []
+
+    def waiting(who: str) -> None:
+        told.append(who)
+        assert holder.stdin is not None
+        holder.stdin.close()
+
+    with hold(path, wait=True, waiting=waiting):
+        assert f"pid {os.getpid()} on " in path.read_text()
+    assert holder.wait() == 0
+    assert len(told) == 1
+    assert f"waiting for pid {holder.pid} on " in told[0]
+
+
+def test_free_lock_is_taken_without_a_word_and_names_nobody_afterwards(path: Path) -> None:
+    told: list[str] = []
+    for _ in range(2):
+        with hold(path, wait=True, waiting=told.append):
+            pass
+    assert told == []
+    assert path.read_text() == ""
+
+
+def test_lock_is_freed_by_an_error(path: Path) -> None:
+    with pytest.raises(ValueError, match="inside"), hold(path, wait=False, waiting=silent):
+        raise ValueError("inside")
+    with hold(path, wait=False, waiting=silent):
+        assert path.exists()
+
+
+def test_other_locks_are_free(path: Path, holder: subprocess.Popen[str]) -> None:
+    with hold(path.with_name("preview.lock"), wait=False, waiting=silent):
+        assert holder.poll() is None
+
+
+def test_file_system_without_locks_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_file: object, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refused)
+    with pytest.raises(NoResources, match=r"lock\.unsupported.*--store"), hold(path, wait=False, waiting=silent):
+        pass
+
+
+def test_file_in_place_of_the_lock_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".locks").write_bytes(b"")
+    with (
+        pytest.raises(NoResources, match=r"disk\.in_the_way"),
+        hold(tmp_path / ".locks" / "train.lock", wait=False, waiting=silent),
+    ):
+        pass
