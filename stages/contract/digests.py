@@ -10,7 +10,7 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from os import stat_result
 from pathlib import Path
 
@@ -20,7 +20,10 @@ CHUNK_BYTES = 1 << 20
 # A file modified this close to being hashed may change again without its times showing it.
 RACY_NS = 2_000_000_000
 
-_encoder = msgspec.json.Encoder(order="deterministic", decimal_format="string")
+Row = tuple[str, str, str, str]
+COLUMNS = "what TEXT PRIMARY KEY, stat TEXT, value TEXT, seal TEXT"
+
+_encoder = msgspec.json.Encoder(order="sorted")
 
 
 def canonical_json(value: object) -> bytes:
@@ -58,18 +61,6 @@ class StatCache:
         self._path = path
         self._paranoid = paranoid
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._prepare()
-        except sqlite3.DatabaseError:
-            path.unlink(missing_ok=True)
-            self._prepare()
-
-    def _prepare(self) -> None:
-        with closing(self._connect()) as database, database:
-            database.execute("CREATE TABLE IF NOT EXISTS remembered (what TEXT PRIMARY KEY, stat TEXT, value TEXT)")
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=30)
 
     def files(self, paths: Sequence[Path]) -> list[str]:
         """Return the sha256 of each file, reading only those whose stat changed."""
@@ -83,24 +74,56 @@ class StatCache:
 
     def many(self, asked: Sequence[tuple[str, Sequence[Path], Callable[[], str]]]) -> list[str]:
         """Return the value of each (what, paths, compute), in order."""
+        known = {} if self._paranoid else self._recall([what for what, _, _ in asked])
         values: list[str] = []
         fresh: list[tuple[str, str, str]] = []
-        with closing(self._connect()) as database:
-            for what, paths, compute in asked:
-                stats = _stats(paths)
-                row = database.execute("SELECT stat, value FROM remembered WHERE what = ?", (what,)).fetchone()
-                if row is not None and row[0] == stats and not self._paranoid:
-                    values.append(row[1])
-                    continue
-                started_ns = time.time_ns()
-                values.append(compute())
-                # Unchanged while it was read, and old enough that a later edit must move its times.
-                if _stats(paths) == stats and _youngest_ns(paths) < started_ns - RACY_NS:
-                    fresh.append((what, stats, values[-1]))
-            if fresh:
-                with database:
-                    database.executemany("INSERT OR REPLACE INTO remembered VALUES (?, ?, ?)", fresh)
+        for what, paths, compute in asked:
+            stats = _stats(paths)
+            if (what, stats) in known:
+                values.append(known[what, stats])
+                continue
+            started_ns = time.time_ns()
+            values.append(compute())
+            # Unchanged while it was read, and old enough that a later edit must move its times.
+            if _stats(paths) == stats and _youngest_ns(paths) < started_ns - RACY_NS:
+                fresh.append((what, stats, values[-1]))
+        if fresh:
+            self._remember(fresh)
         return values
+
+    def _recall(self, names: Sequence[str]) -> dict[tuple[str, str], str]:
+        """Return (what, stat) -> value of the rows that are what was written."""
+        select = "SELECT what, stat, value, seal FROM remembered WHERE what = ?"
+
+        def rows(database: sqlite3.Connection) -> list[Row]:
+            return [row for name in names for row in database.execute(select, (name,))]
+
+        return {
+            (what, stat): value for what, stat, value, seal in self._ask(rows) if seal == _seal(what, stat, value)
+        }
+
+    def _remember(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        sealed = [(*row, _seal(*row)) for row in rows]
+        self._ask(
+            lambda database: database.executemany("INSERT OR REPLACE INTO remembered VALUES (?, ?, ?, ?)", sealed)
+        )
+
+    def _ask(self, question: Callable[[sqlite3.Connection], Iterable[Row]]) -> list[Row]:
+        """Return the rows `question` finds; none where the database is damaged, which is then started anew."""
+        try:
+            with closing(sqlite3.connect(self._path, timeout=30)) as database, database:
+                database.execute(f"CREATE TABLE IF NOT EXISTS remembered ({COLUMNS})")
+                return list(question(database))
+        except sqlite3.DatabaseError:
+            with suppress(OSError):
+                for path in (self._path, Path(f"{self._path}-journal")):
+                    path.unlink(missing_ok=True)
+            return []
+
+
+def _seal(what: object, stat: object, value: object) -> str:
+    """SQLite keeps no checksums: a flipped bit in a digest would pass for another file's."""
+    return digest_of("remembered", [what, stat, value])
 
 
 def _stats(paths: Iterable[Path]) -> str:
