@@ -12,7 +12,7 @@ import mlx.core as mx
 
 import schemas.optimizers as schema
 from stages.lora.layer import Factors
-from stages.training.optimizers.rule import STEP, Slots, State, flat, nested
+from stages.training.optimizers.rule import STEP, Slots, State, bias_correction, flat, nested
 
 D, D_MAX, NUMERATOR = "d", "d_max", "d_numerator"
 
@@ -57,7 +57,8 @@ class Prodigy:
     def _bias_correction(self, step: mx.array) -> mx.array | float:
         if not self.spec.use_bias_correction:
             return 1.0
-        return mx.sqrt(1 - self.spec.beta2**step) / (1 - self.spec.beta1**step)
+        second, first = (bias_correction(beta, step) for beta in (self.spec.beta2, self.spec.beta1))
+        return mx.sqrt(second) / first
 
     def _moments(self, gradient: mx.array, slots: Slots, d: mx.array, length: mx.array) -> Slots:
         beta1, beta2 = self.spec.beta1, self.spec.beta2

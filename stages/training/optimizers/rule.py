@@ -6,6 +6,7 @@ saved and restored bit for bit.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,6 +81,12 @@ class PerFactor:
 def rate_of(name: str, rate: mx.array, lora_plus_ratio: float) -> mx.array:
     """Return the rate of a factor: LoRA+ gives B its own."""
     return rate * lora_plus_ratio if name.endswith(UP_MATRIX) else rate
+
+
+def bias_correction(beta: float, step: mx.array) -> mx.array:
+    """Return 1 - beta^step, what an average that starts at zero lacks after `step` updates."""
+    # Written so, because 1 - 0.999 has five right digits in float32.
+    return -mx.expm1(step.astype(mx.float32) * math.log(beta)) if beta > 0 else mx.array(1.0)
 
 
 def flat(slots: dict[str, Slots]) -> State:

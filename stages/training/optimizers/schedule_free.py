@@ -12,7 +12,7 @@ import mlx.core as mx
 
 import schemas.optimizers as schema
 from stages.lora.layer import Factors
-from stages.training.optimizers.rule import STEP, Slots, State, flat, nested, rate_of
+from stages.training.optimizers.rule import STEP, Slots, State, bias_correction, flat, nested, rate_of
 
 WEIGHT_SUM, MAX_RATE = "weight_sum", "max_rate"
 
@@ -40,7 +40,7 @@ class ScheduleFree:
         new_slots: dict[str, Slots] = {}
         for name, y in factors.items():
             v = self.spec.beta2 * slots[name]["v"] + (1 - self.spec.beta2) * mx.square(gradients[name])
-            scale = mx.sqrt(v / (1 - self.spec.beta2**step)) + self.spec.eps
+            scale = mx.sqrt(v / bias_correction(self.spec.beta2, step)) + self.spec.eps
             change = rate_of(name, rate, self.spec.lora_plus_ratio) * (
                 gradients[name] / scale + self.spec.weight_decay * y
             )
