@@ -67,7 +67,9 @@ LATENT_INDEX = Table(
     unique=("item_id", "flip"),
 )
 
-# Where each text's embedding [length, width] lies; `role` is caption, empty or prompt; `tokens` are not padding.
+# Where each text's embedding [length, width] lies; `role` is caption, empty, prompt or class; `tokens` are not
+# padding. A row of role class has the caption_id of the caption it stands in for, in which its `text` has the class
+# word for the trigger.
 EMBEDDING_INDEX = Table(
     name="index.parquet",
     stage="encode-text",

@@ -9,7 +9,7 @@ from msgspec.structs import force_setattr
 
 from schemas.base import Strict
 from schemas.ema import Ema
-from schemas.objective import Loss, Mse, Unweighted, Weighting
+from schemas.objective import Loss, Mse, Output, Unweighted, Weighting
 from schemas.optimizers import AdamW, Optimizer
 from schemas.schedules import Constant, Schedule
 from schemas.timesteps import Shift, Timesteps, Weighted
@@ -44,6 +44,7 @@ class Train(Strict, frozen=True):
     weighting: Weighting = Unweighted()
     loss: Loss = Mse()
     noise_offset: Fraction = 0.0
+    preservation: Output | None = None
 
     def __post_init__(self) -> None:
         """Fill in the learning rate. Raises ValueError where noise levels would be weighted twice."""

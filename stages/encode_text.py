@@ -1,4 +1,7 @@
-"""encode-text: captions, the empty caption and preview prompts through the text encoder, once per distinct text."""
+"""encode-text: captions, the empty caption, preview prompts and class captions through the text encoder.
+
+Each distinct text is encoded once.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from schemas.errors import BadConfig
 from schemas.manifest import Manifest
 from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.runner import upstream
-from stages.dataset.captions import caption_id, prompt_with_trigger
+from stages.dataset.captions import caption_id, prompt_with_trigger, with_class_word
 from stages.flux2.identity import model_of, text_encoder_digest, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
     from stages.stores.embeddings import EmbeddingRow
 
 INDEX = "index.parquet"
-ROLES = ("caption", "empty", "prompt")
+ROLES = ("caption", "empty", "prompt", "class")
+# Settings that say which texts are encoded, not how.
+WHICH = ("prompts", "class_captions")
 
 
 class EncodeText:
@@ -41,6 +47,8 @@ class EncodeText:
             "length": encoder.length,
             "prompts": sorted(set(prompts(job))),
         }
+        if replaced := _class_captions(job):
+            settings["class_captions"] = replaced
         inputs = {
             "captions": dataset.roles["captions"],
             "text_encoder": text_encoder_digest(job, model),
@@ -56,15 +64,17 @@ class EncodeText:
 
         _, folder = upstream(job, "validate")
         captions = [row["text"] for row in read_table(folder / "captions.parquet", CAPTIONS)]
-        wanted = [("caption", text) for text in captions] + [("empty", "")]
-        wanted += [("prompt", text) for text in plan.params["prompts"]]
-        keys = {text: _embedding_key(plan, text) for _, text in wanted}
+        wanted = [("caption", text, text) for text in captions] + [("empty", "", "")]
+        wanted += [("prompt", text, text) for text in plan.params["prompts"]]
+        if replaced := plan.params.get("class_captions"):
+            wanted += [("class", text, with_class_word(text, **replaced)) for text in captions]
+        keys = {text: _embedding_key(plan, text) for _, _, text in wanted}
         known: dict[str, EmbeddingRow] = {}
         for store in () if job.flags.force else reversed(job.stores):
             known |= scan_embeddings(store)
         missing = [text for text, key in keys.items() if key not in known]
         known |= _encode(job, missing, keys)
-        rows = [_index_row(role, text, known[keys[text]]) for role, text in wanted]
+        rows = [_index_row(role, named, text, known[keys[text]]) for role, named, text in wanted]
         write_table(work / INDEX, EMBEDDING_INDEX, rows)
         fragments = sorted({known[key].fragment for key in keys.values()})
         return Built(
@@ -90,8 +100,23 @@ def prompts(job: Job) -> list[str]:
     return [prompt_with_trigger(text, job.config.validate.trigger) for text in job.config.preview.prompts]
 
 
+def _class_captions(job: Job) -> dict[str, str]:
+    """Return what preservation replaces by what in captions; nothing when it is off. Raises BadConfig."""
+    preservation, trigger = job.config.train.preservation, job.config.validate.trigger
+    if preservation is None:
+        return {}
+    if not trigger:
+        raise BadConfig(
+            "preservation.no_trigger",
+            "train.preservation puts class_word where the trigger stands, and there is no trigger",
+            where=str(job.config_path),
+            fix='set validate.trigger = "your_word", or remove [train.preservation]',
+        )
+    return {"trigger": trigger, "class_word": preservation.class_word}
+
+
 def _embedding_key(plan: Plan, text: str) -> str:
-    settings = {name: value for name, value in plan.params.items() if name != "prompts"}
+    settings = {name: value for name, value in plan.params.items() if name not in WHICH}
     inputs = {name: plan.inputs[name] for name in ("text_encoder", "tokenizer")}
     return digest_of("embedding", {"text": text, "version": EncodeText.version, **settings, **inputs})
 
@@ -137,9 +162,9 @@ def _embedding(job: Job, encoder: Any, tokens: TokenIds) -> np.ndarray:
     return from_mlx(states.astype(mx.bfloat16 if job.config.encode_text.dtype == "bfloat16" else mx.float32)).data
 
 
-def _index_row(role: str, text: str, row: EmbeddingRow) -> dict[str, Any]:
+def _index_row(role: str, named: str, text: str, row: EmbeddingRow) -> dict[str, Any]:
     return {
-        "caption_id": caption_id(text),
+        "caption_id": caption_id(named),
         "role": role,
         "text": text,
         "embedding_key": row.embedding_key,

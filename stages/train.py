@@ -49,6 +49,8 @@ class Train:
             "empty": text.roles["empty"],
             "transformer": transformer_digest(job, model),
         }
+        if job.config.train.preservation is not None:
+            inputs["class"] = text.roles["class"]
         return Plan(settings, inputs)
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:

@@ -31,6 +31,7 @@ LINKS = {
         "latents": ("encode-latents", "latents"),
         "caption": ("encode-text", "caption"),
         "empty": ("encode-text", "empty"),
+        "class": ("encode-text", "class"),
     },
     "preview": {"prompt": ("encode-text", "prompt"), "empty": ("encode-text", "empty")},
 }
@@ -130,8 +131,10 @@ def _files(inspection: Inspection, stage: str, manifest: Manifest, folder: Path)
 
 def _links(inspection: Inspection, stage: str, chain: dict[str, tuple[Manifest, Path]]) -> None:
     """Compare what a stage was made from with what the stages before it made."""
+    made_from = chain[stage][0].inputs
     for role, (source, name) in LINKS.get(stage, {}).items():
-        if source in chain and chain[stage][0].inputs[role] != chain[source][0].roles[name]:
+        # Training reads class captions only where it preserves them.
+        if source in chain and role in made_from and made_from[role] != chain[source][0].roles[name]:
             what = f"{stage} was made from other {role} than {source} has now"
             inspection.error(Stale, "chain.broken", what, inspection.job.run, inspection.job.remedy(stage))
 

@@ -79,6 +79,11 @@ def prompt_with_trigger(text: str, trigger: str) -> str:
     return text.replace(TRIGGER, trigger) if trigger else text
 
 
+def with_class_word(text: str, trigger: str, class_word: str) -> str:
+    """Return a caption of the class alone: the class word wherever the trigger stands, inside words too."""
+    return text.replace(trigger, class_word)
+
+
 def decode_text(data: bytes, where: str) -> str:
     """Return a caption file's text. Raises RejectedInput: too long, UTF-16, not UTF-8, or holding NUL."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

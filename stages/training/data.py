@@ -28,11 +28,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B, C, h, w] float32 of one bucket, and embeddings [B, L, J] float32, with the items they belong to."""
+    """Latents [B, C, h, w] float32 of one bucket, and embeddings [B, L, J] float32, with the items they belong to.
+
+    `class_text` [B, L, J] embeds the captions with the class word in the trigger's place, where asked for.
+    """
 
     item_ids: tuple[str, ...]
     latents: np.ndarray
     text: np.ndarray
+    class_text: np.ndarray | None = None
 
 
 class TrainingData:
@@ -49,6 +53,7 @@ class TrainingData:
         self._latents = {(row["item_id"], row["flip"]): latent_row(row) for row in latents}
         self._captions = {row["item_id"]: row["caption_id"] for row in items}
         self._texts = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "caption"}
+        self._classes = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "class"}
         self._empty = next(embedding_row(row) for row in embeddings if row["role"] == "empty")
         self._latent_reader = LatentReader(stores)
         self._embedding_reader = EmbeddingReader(stores)
@@ -63,11 +68,15 @@ class TrainingData:
         """Whether every item has a mirrored twin."""
         return any(flip for _, flip in self._latents)
 
-    def read(self, samples: Sequence[Sample]) -> Batch:
-        """Return a batch. Raises Damaged, naming the item, for bytes that changed or values that are not finite."""
+    def read(self, samples: Sequence[Sample], *, classes: bool = False) -> Batch:
+        """Return a batch, with class captions too if `classes`.
+
+        Raises Damaged, naming the item, for bytes that changed or values that are not finite.
+        """
         latents = [self._latent(sample) for sample in samples]
         text = [self._text(sample) for sample in samples]
-        return Batch(tuple(sample.item_id for sample in samples), np.stack(latents), np.stack(text))
+        class_text = np.stack([self._class_text(sample) for sample in samples]) if classes else None
+        return Batch(tuple(sample.item_id for sample in samples), np.stack(latents), np.stack(text), class_text)
 
     def _latent(self, sample: Sample) -> np.ndarray:
         row = self._latents[sample.item_id, sample.flip]
@@ -83,6 +92,10 @@ class TrainingData:
 
     def _text(self, sample: Sample) -> np.ndarray:
         row = self._empty if sample.dropped else self._texts[self._captions[sample.item_id]]
+        return widened(self._embedding_reader.read(row), row.dtype)
+
+    def _class_text(self, sample: Sample) -> np.ndarray:
+        row = self._classes[self._captions[sample.item_id]]
         return widened(self._embedding_reader.read(row), row.dtype)
 
 

@@ -14,9 +14,10 @@ import mlx.core as mx
 from schemas.errors import Diverged, Stopped
 from schemas.train import Train
 from stages.dataset.order import BatchOrder
+from stages.training import objective
 from stages.training.data import Batch, Sample, TrainingData, ahead
 from stages.training.interruption import Interruption
-from stages.training.objective import prepare
+from stages.training.objective import joined, prepare, preserving
 from stages.training.randomness import distinct, dropped, uniform
 from stages.training.step import StepResult, Trainer
 from stages.training.timesteps import Moment
@@ -82,8 +83,11 @@ class Loop:
         ids = [order.at(step * count + index) for index in range(count)]
         names = iter(distinct([item for batch in ids for item in batch]))
         window = [[next(names) for _ in batch] for batch in ids]
+        preservation = self.settings.preservation
+        classes = preservation is not None and step % preservation.every == 0
         batches = [
-            self.data.read(self._samples(batch, named, step)) for batch, named in zip(ids, window, strict=True)
+            self.data.read(self._samples(batch, named, step), classes=classes)
+            for batch, named in zip(ids, window, strict=True)
         ]
         return Window(window, batches)
 
@@ -92,15 +96,27 @@ class Loop:
         flip = [self.data.flips and uniform(self.seed, step, name, "flip") < 0.5 for name in names]
         return [Sample(*each) for each in zip(ids, flip, drop, strict=True)]
 
-    def _prepared(self, window: Window, step: int) -> list:
+    def _prepared(self, window: Window, step: int) -> list[objective.Batch]:
         first = step * len(window.batches)
         moments = [
             Moment(self.seed, step, (first + index) * self.settings.batch_size)
             for index in range(len(window.batches))
         ]
-        return [
+        prepared = [
             prepare(mx.array(batch.latents), mx.array(batch.text), names, settings=self.settings, moment=moment)
             for names, batch, moment in zip(window.names, window.batches, moments, strict=True)
+        ]
+        return joined(prepared, self._preserved(window, prepared))
+
+    def _preserved(self, window: Window, prepared: Sequence[objective.Batch]) -> list[objective.Batch]:
+        """Return the batches that hold the class as the base model has it, for what was read with class captions."""
+        preservation = self.settings.preservation
+        if preservation is None:
+            return []
+        return [
+            preserving(self.trainer.transformer, batch, mx.array(read.class_text), preservation.weight)
+            for read, batch in zip(window.batches, prepared, strict=True)
+            if read.class_text is not None
         ]
 
     def _record(self, step: int, result: StepResult) -> None:

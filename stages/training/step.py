@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -145,7 +146,7 @@ def _gradient(transformer: Transformer, kind: Loss, *, compiled: bool) -> Gradie
     `mx.compile` remembers traces by function and shapes: one trace per bucket, never one of another configuration.
     """
 
-    def value(factors: Factors, *batch: mx.array | None) -> mx.array:
+    def value(factors: Factors, *batch: Any) -> mx.array:
         assign(transformer, factors)
         return loss(transformer, Batch(*batch), kind)
 
