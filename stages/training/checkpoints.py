@@ -15,10 +15,12 @@ import msgspec
 
 from schemas.errors import Damaged
 from schemas.manifest import CONTRACT_VERSION, CheckpointManifest, Manifest
+from schemas.schedules import Schedule
 from stages.contract.artifacts import MANIFEST, record
 from stages.contract.digests import canonical_json, digest_of, sha256_bytes, sha256_file
 from stages.contract.publish import publish_folder, workspace
 from stages.stores.tensors import Tensor, TensorFile, load, save, tensor_digest
+from stages.training.schedules import depends_on_total
 
 # Raised whenever the same trajectory would take other steps.
 VERSION = 1
@@ -118,8 +120,9 @@ def trajectory_folder(store: Path, trajectory: str) -> Path:
 
 
 def trajectory_of(params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Return the key of all that affects a step: a train plan without `steps`, which no schedule uses yet."""
-    settings = {name: value for name, value in params.items() if name != "steps"}
+    """Return the key of all that affects a step: a train plan, its `steps` only where the schedule looks at them."""
+    timeless = not depends_on_total(msgspec.convert(params["schedule"], Schedule))
+    settings = {name: value for name, value in params.items() if not (timeless and name == "steps")}
     return digest_of("trajectory", {"version": VERSION, "settings": settings, "inputs": inputs})
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from schemas.schedules import Constant, Cosine, CosineRestarts, Linear, Polynomial, Rex, Schedule
 from schemas.train import Train
+from stages.training.checkpoints import trajectory_of
 from stages.training.schedules import depends_on_total, learning_rate
 from tests.golden import tiny
 from tests.training.test_step import SETTINGS, run, trainer
@@ -82,6 +83,12 @@ def test_decay_goes_from_the_peak_to_the_least_share(schedule: Schedule, warmup_
 def test_the_total_matters_exactly_where_it_is_said_to(schedule: Schedule) -> None:
     changed = rates(schedule, TOTAL)[:10] != rates(schedule, 2 * TOTAL)[:10]
     assert changed == depends_on_total(schedule)
+
+
+@pytest.mark.parametrize("schedule", [Constant(warmup_steps=3), *DECAYING], ids=name_of)
+def test_more_steps_are_another_trajectory_exactly_where_the_total_matters(schedule: Schedule) -> None:
+    found = {trajectory_of(msgspec.to_builtins(Train(steps=steps, schedule=schedule)), {}) for steps in (100, 200)}
+    assert len(found) == (2 if depends_on_total(schedule) else 1)
 
 
 @pytest.mark.parametrize("schedule", DECAYING, ids=name_of)
