@@ -16,6 +16,7 @@ import msgspec
 from schemas import results
 from schemas.errors import BadConfig, Damaged, Fault, NoResources, StageError, Stale
 from schemas.manifest import Manifest, Result, ResultError
+from stages.console.messages import faults
 from stages.contract.artifacts import find, read_manifest, read_receipt
 from stages.contract.digests import canonical_json, sha256_file
 from stages.contract.job import Job
@@ -35,6 +36,7 @@ LINKS = {
     },
     "preview": {"prompt": ("encode-text", "prompt"), "empty": ("encode-text", "empty")},
 }
+Chain = dict[str, tuple[Manifest, Path]]
 
 
 @dataclass
@@ -52,6 +54,10 @@ class Inspection:
         """Note something wrong."""
         self.errors.append((kind, Fault(code=code, what=what, where=str(where), fix=fix)))
 
+    def failed(self, error: StageError) -> None:
+        """Note what looking at something raised."""
+        self.errors += [(type(error), fault) for fault in error.faults]
+
     def hint(self, code: str, what: str, fix: str) -> None:
         """Note something worth knowing."""
         self.hints.append(Fault(code=code, what=what, fix=fix))
@@ -64,8 +70,16 @@ class Inspection:
         elif path.stat().st_size != size:
             what = f"a file has another size: expected {size} bytes, found {path.stat().st_size}"
             self.error(Damaged, "file.size", what, path, fix)
-        elif not self.quick and sha256_file(path) != sha256:
-            self.error(Damaged, "file.changed", f"a file's bytes changed: expected sha256 {sha256}", path, fix)
+        elif not self.quick and (found := _sha256(path)) != sha256:
+            what = f"a file's bytes changed: expected sha256 {sha256}, found {found}"
+            self.error(Damaged, "file.changed", what, path, fix)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        return f"none: {error.strerror}"
 
 
 def run(job: Job) -> tuple[Result, int]:
@@ -78,11 +92,12 @@ def run(job: Job) -> tuple[Result, int]:
         _links(inspection, stage, chain)
     if "train" in chain:
         _lora(inspection, chain["train"][0])
-        _checkpoints(inspection, chain["train"][0])
-    if "preview" in chain:
+        _checkpoints(inspection, chain)
+    if "preview" in chain and _shows_this_lora(inspection, chain):
         _previews(inspection, *chain["preview"])
     if "validate" in chain:
         _pictures(inspection, chain["validate"][1])
+    _model(inspection, chain)
     return _report(inspection, started)
 
 
@@ -107,7 +122,7 @@ def _artifacts(inspection: Inspection) -> Iterator[tuple[str, tuple[Manifest, Pa
         try:
             manifest = read_manifest(folder)
         except Damaged as error:
-            inspection.errors.append((Damaged, error.faults[0]))
+            inspection.failed(error)
             continue
         if manifest.digest != receipt.digest:
             what = "the artifact is not the one the receipt was written for"
@@ -129,7 +144,7 @@ def _files(inspection: Inspection, stage: str, manifest: Manifest, folder: Path)
             inspection.error(Damaged, "file.unlisted", "a file no manifest lists", path, "delete it")
 
 
-def _links(inspection: Inspection, stage: str, chain: dict[str, tuple[Manifest, Path]]) -> None:
+def _links(inspection: Inspection, stage: str, chain: Chain) -> None:
     """Compare what a stage was made from with what the stages before it made."""
     made_from = chain[stage][0].inputs
     for role, (source, name) in LINKS.get(stage, {}).items():
@@ -148,26 +163,31 @@ def _lora(inspection: Inspection, train: Manifest) -> None:
     if inspection.quick:
         inspection.not_checked.append("the LoRA's numbers and names (left out by --quick)")
         return
+    if not path.is_file():
+        return
     from stages.flux2.identity import model_without_making
     from stages.lora.formats.read import read
     from stages.stores.tensors import load, tensor_digest, to_mlx
 
     try:
         file = load(path)
-        model = model_without_making(job)
-        factors = read(
-            {name: to_mlx(each) for name, each in file.tensors.items()},
-            file.metadata,
-            model.variant.transformer,
-            str(path),
-        )
-    except (Damaged, BadConfig, NoResources) as error:
-        inspection.errors += [(type(error), fault) for fault in error.faults]
+    except (Damaged, NoResources) as error:
+        inspection.failed(error)
         return
     if tensor_digest(file.tensors) != train.roles["lora"]:
         inspection.error(
             Damaged, "lora.digest", "the tensors are not those that training made", path, job.remedy("train")
         )
+    try:
+        config = model_without_making(job).variant.transformer
+        tensors = {name: to_mlx(each) for name, each in file.tensors.items()}
+        factors = read(tensors, file.metadata, config, str(path))
+    except (BadConfig, NoResources) as error:
+        inspection.not_checked.append(f"whether the LoRA fits the model ({error.faults[0].what})")
+        return
+    except Damaged as error:
+        inspection.failed(error)
+        return
     if not any(factor.any().item() for name, factor in factors.items() if name.endswith("lora_B")):
         inspection.error(
             Damaged,
@@ -178,17 +198,61 @@ def _lora(inspection: Inspection, train: Manifest) -> None:
         )
 
 
-def _checkpoints(inspection: Inspection, train: Manifest) -> None:
-    from stages.training.checkpoints import public_checkpoints
+def _checkpoints(inspection: Inspection, chain: Chain) -> None:
+    """Check the checkpoints that the run shows, and that none is missing of those whose pictures it has."""
+    from stages.training.checkpoints import list_checkpoints, public_checkpoints, trajectory_of
 
-    job = inspection.job
+    job, train = inspection.job, chain["train"][0]
+    fix = f"{job.remedy('train')} --force"
+    if (begun := _begun(job)) not in ("", trajectory := trajectory_of(train.params, train.inputs)):
+        what = "another training was begun after the one that is finished"
+        inspection.error(Stale, "train.unfinished", what, f"trajectory {begun}", job.remedy("train"))
+        return
     for checkpoint in public_checkpoints(job.stores, train, job.config.train.checkpoint_every):
         for name, entry in checkpoint.manifest.files.items():
-            fix = f"delete {checkpoint.folder} and run {job.remedy('train')} --force"
             inspection.file(checkpoint.folder / name, entry.size, entry.sha256, fix)
         entry = checkpoint.manifest.files["lora.safetensors"]
         copy = job.run_folder / results.checkpoint(checkpoint.step)
         inspection.file(copy, entry.size, entry.sha256, job.remedy("train"))
+    if "preview" in chain and _drawn(chain["preview"][0]).get(steps := train.params["steps"]) == train.roles["lora"]:
+        there = {each.step: each.manifest.lora for each in list_checkpoints(job.stores, trajectory)} | {0: "none"}
+        for step, lora in _drawn(chain["preview"][0]).items():
+            if step != steps and there.get(step) != lora:
+                what = f"the checkpoint of step {step} is missing or unreadable"
+                inspection.error(Damaged, "checkpoint.missing", what, trajectory, fix)
+
+
+def _begun(job: Job) -> str:
+    """Return the trajectory that training in this run folder began last; "" when that is not known."""
+    try:
+        return msgspec.json.decode((job.run_folder / results.TRAJECTORY).read_bytes(), type=_Note).trajectory
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return ""
+
+
+class _Note(msgspec.Struct):
+    trajectory: str
+
+
+def _drawn(preview: Manifest) -> dict[int, str]:
+    """Return the LoRA of each step whose pictures there are."""
+    named = {name.removeprefix("lora "): lora for name, lora in preview.inputs.items() if name.startswith("lora ")}
+    return {int(step): lora for step, lora in named.items()}
+
+
+def _shows_this_lora(inspection: Inspection, chain: Chain) -> bool:
+    """Compare the LoRA that the pictures show with the one training made; others are not to be judged by them."""
+    train = chain["train"][0] if "train" in chain else None
+    if train is None or _drawn(chain["preview"][0]).get(train.params["steps"]) == train.roles["lora"]:
+        return True
+    what = "preview shows another LoRA than train has now"
+    inspection.error(Stale, "chain.broken", what, inspection.job.run, inspection.job.remedy("preview"))
+    return False
+
+
+class _Shown(msgspec.Struct):
+    file: str
+    fragment: str
 
 
 def _previews(inspection: Inspection, preview: Manifest, folder: Path) -> None:
@@ -196,9 +260,40 @@ def _previews(inspection: Inspection, preview: Manifest, folder: Path) -> None:
     for name, entry in preview.files.items():
         if name.endswith(".png"):
             inspection.file(job.run_folder / name, entry.size, entry.sha256, job.remedy("preview"))
-    for each in msgspec.json.decode((folder / "index.json").read_bytes()):
-        entry = preview.fragments[each["fragment"]]
-        inspection.file(job.run_folder / each["file"], entry.size, entry.sha256, job.remedy("preview"))
+    try:
+        shown = msgspec.json.decode((folder / "index.json").read_bytes(), type=list[_Shown])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        # Among the artifact's files this one is missing or changed already.
+        return
+    for each in shown:
+        if entry := preview.fragments.get(each.fragment):
+            inspection.file(job.run_folder / each.file, entry.size, entry.sha256, job.remedy("preview"))
+
+
+def _model(inspection: Inspection, chain: Chain) -> None:
+    """Hash the model's tensors again: each stage was made with those of its part."""
+    if inspection.quick:
+        inspection.not_checked.append("the model's files (left out by --quick)")
+        return
+    from stages.flux2 import load
+    from stages.flux2.identity import model_without_making
+
+    parts = {
+        "encode-latents": ("autoencoder", load.autoencoder_encoder_digest),
+        "encode-text": ("text_encoder", load.text_encoder_digest),
+        "train": ("transformer", load.transformer_digest),
+        "preview": ("decoder", load.autoencoder_decoder_digest),
+    }
+    try:
+        model = model_without_making(inspection.job)
+        for stage, (role, digest) in parts.items():
+            if stage in chain and chain[stage][0].inputs[role] != digest(model):
+                what = f"{stage} was made with another {role} than the model has now"
+                inspection.error(Stale, "model.changed", what, model.source, inspection.job.remedy(stage))
+    except (BadConfig, NoResources) as error:
+        inspection.not_checked.append(f"the model's files ({error.faults[0].what})")
+    except Damaged as error:
+        inspection.failed(error)
 
 
 def _pictures(inspection: Inspection, folder: Path) -> None:
@@ -218,7 +313,7 @@ def _pictures(inspection: Inspection, folder: Path) -> None:
         return
     for path, sha256 in sorted({(row["path"], row["image_sha256"]) for row in rows}):
         inspection.checked += 1
-        if not (dataset / path).is_file() or sha256_file(dataset / path) != sha256:
+        if not (dataset / path).is_file() or _sha256(dataset / path) != sha256:
             what = "a picture is missing or was changed since validate"
             inspection.error(Stale, "dataset.changed", what, dataset / path, "run all stages again")
 
@@ -238,6 +333,7 @@ def _report(inspection: Inspection, started: float) -> tuple[Result, int]:
     }
     write_file(path, msgspec.json.format(canonical_json(report)) + b"\n")
     first = errors[0][1] if errors else None
+    faults([fault for _, fault in errors])
     if first is None:
         _say_where(job)
     for fault in inspection.hints:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,6 +38,7 @@ from stages.training.data import embedding_row, widened
 VERSION = 1
 FOLDER = "fragments/previews"
 NO_LORA = "none"
+PNG_END = bytes.fromhex("0000000049454e44ae426082")
 
 
 @dataclass(frozen=True)
@@ -113,24 +115,26 @@ class Painter:
         self._reader = EmbeddingReader(stores)
 
     def missing(self, lora_digest: str) -> list[str]:
-        """Return the keys of the pictures that must be drawn for that LoRA."""
-        return [key for key in self._scene.keys(lora_digest) if find_picture(self._stores, key) is None]
+        """Return the keys of the pictures that must be drawn for that LoRA, each once."""
+        keys = dict.fromkeys(self._scene.keys(lora_digest))
+        return [key for key in keys if find_picture(self._stores, key) is None]
 
     def paint(self, lora: Path | None, lora_digest: str, *, on_step: Callable[[int], None] | None = None) -> int:
         """Draw and store what is missing with the LoRA file `lora` (None: without); return how many were drawn.
 
         The file is read as a stranger's would be. Raises Damaged when it is not a LoRA of this model.
         """
-        missing = set(self.missing(lora_digest))
-        if not missing:
+        rows = [row for _, row in self._scene.prompts]
+        missing = self.missing(lora_digest)
+        wanted = {key: row for key, row in zip(self._scene.keys(lora_digest), rows, strict=True) if key in missing}
+        if not wanted:
             return 0
         transformer = self._transformer()
         factors = {} if lora is None else load_lora(lora, transformer, lora_digest)
         with applied(transformer, factors):
-            for key, (_, row) in zip(self._scene.keys(lora_digest), self._scene.prompts, strict=True):
-                if key in missing:
-                    self._store(key, self._picture(transformer, row, on_step))
-        return len(missing)
+            for key, row in wanted.items():
+                self._store(key, self._picture(transformer, row, on_step))
+        return len(wanted)
 
     def _picture(
         self, transformer: Transformer, prompt: EmbeddingRow, on_step: Callable[[int], None] | None
@@ -181,11 +185,14 @@ def find_picture(stores: Sequence[Path], key: str) -> Path | None:
 
     path = holder(picture_name(key), stores) / picture_name(key)
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
+        data = path.read_bytes()
+        with Image.open(BytesIO(data), formats=("PNG",)) as picture:
             picture.load()
-            whole = picture.info.get("key") == key and picture.info.get("pixels") == sha256_bytes(picture.tobytes())
+            carried, pixels = picture.info, picture.tobytes()
     except (OSError, SyntaxError, ValueError):
         return None
+    # Pillow shows a picture whose end is cut off.
+    whole = data.endswith(PNG_END) and carried.get("key") == key and carried.get("pixels") == sha256_bytes(pixels)
     return path if whole else None
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 from PIL import Image
 
 from stages.cli import run
+from stages.training.loop import Line
+from stages.training.recorder import Recorder
 
 MAKING = ("validate", "encode-latents", "encode-text", "train", "preview")
 SETTINGS = """
@@ -173,3 +177,15 @@ def flip(path: Path, at: float = 0.5) -> None:
 def truncate(path: Path) -> None:
     """Cut the last byte off a file."""
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def stop_after(step: int, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal when the line of `step` has been written."""
+    record = Recorder.line
+
+    def line(recorder: Recorder, line: Line) -> None:
+        record(recorder, line)
+        if line["step"] == step:
+            signal.raise_signal(number)
+
+    patch.setattr(Recorder, "line", line)

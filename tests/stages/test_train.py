@@ -15,10 +15,9 @@ import msgspec
 import pytest
 from safetensors import safe_open
 
-from stages import train
 from stages.stores.tensors import load, tensor_digest
 from stages.training.loop import Line
-from tests.stages.project import Project, edit, flip, truncate
+from tests.stages.project import Project, edit, flip, stop_after, truncate
 
 # Every feature that draws: two pictures of two batches a step, dropped captions, mirrored twins.
 SETTINGS = """
@@ -77,18 +76,6 @@ def project(ready: Project, tmp_path: Path) -> Project:
 @pytest.fixture
 def done(unbroken: Project, tmp_path: Path) -> Project:
     return unbroken.copy(tmp_path / "done")
-
-
-def stop_after(step: int, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
-    """Send this process a signal when the line of `step` has been written."""
-    record = train._Recorder.line
-
-    def line(recorder: train._Recorder, line: Line) -> None:
-        record(recorder, line)
-        if line["step"] == step:
-            signal.raise_signal(number)
-
-    patch.setattr(train._Recorder, "line", line)
 
 
 @pytest.mark.parametrize(

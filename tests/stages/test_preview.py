@@ -1,0 +1,118 @@
+"""preview: which pictures there are, that each is drawn once, and that no damage is shown or kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.stages.project import Project, contents, flip, listing, truncate
+
+TWO_PROMPTS = 'preview.prompts=["a red zorb", "a blue zorb"]'
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
+
+
+def stored(project: Project) -> list[Path]:
+    return sorted((project.store / "fragments" / "previews").glob("*.png"))
+
+
+def test_one_prompt_gives_a_picture_a_step_and_the_latest(finished: Project) -> None:
+    shown = {path.name for path in finished.results.glob("*.png")}
+    assert shown == {"preview_0.png", "preview_2.png", "preview_4.png", "preview_latest.png", "training_curves.png"}
+    latest, last = (finished.results / name for name in ("preview_latest.png", "preview_4.png"))
+    assert latest.read_bytes() == last.read_bytes()
+    assert pixels(last).shape == (32, 32, 3)
+
+
+def test_lora_shows_in_the_pictures(finished: Project) -> None:
+    steps = [pixels(finished.results / f"preview_{step}.png") for step in (0, 2, 4)]
+    assert not np.array_equal(steps[0], steps[1])
+    assert not np.array_equal(steps[1], steps[2])
+
+
+def test_several_prompts_give_single_pictures_and_a_grid(project: Project) -> None:
+    project.make("encode-text", "train", "preview", sets=(TWO_PROMPTS,))
+    for step in (0, 2, 4):
+        first, second = (pixels(project.results / f"preview_{step}_{number}.png") for number in (1, 2))
+        assert first.shape == second.shape == (32, 32, 3)
+        assert pixels(project.results / f"preview_{step}.png").shape[1] > 64
+    grids = [(project.results / name).read_bytes() for name in ("preview_latest.png", "preview_4.png")]
+    assert grids[0] == grids[1]
+
+
+def test_pictures_are_the_same_whether_training_drew_them_or_not(untrained: Project, finished: Project) -> None:
+    without = ("preview.during_training=false",)
+    untrained.make("train", sets=without)
+    assert not list(untrained.results.glob("preview_*.png"))
+    assert untrained.make("preview", sets=without)["preview"].counts == {"images": 3, "rendered": 3, "reused": 0}
+    shown, expected = contents(untrained.results), contents(finished.results)
+    for name in ("preview_0.png", "preview_2.png", "preview_4.png", "preview_latest.png"):
+        assert shown[name] == expected[name]
+
+
+def test_same_prompt_twice_is_drawn_once(project: Project) -> None:
+    sets = ('preview.prompts=["a red zorb", "a red zorb"]', "preview.size=48")
+    ran = project.make("encode-text", "preview", sets=sets)["preview"]
+    assert ran.counts == {"images": 6, "rendered": 3, "reused": 3}
+    assert len(stored(project)) == 6
+
+
+def test_no_prompts_give_no_pictures(untrained: Project) -> None:
+    sets = ("preview.prompts=[]", "train.steps=1")
+    ran = untrained.make("encode-text", "train", "preview", sets=sets)["preview"]
+    assert ran.counts == {"images": 0, "rendered": 0, "reused": 0}
+    assert not list(untrained.results.glob("preview_*.png"))
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, truncate])
+def test_lost_or_short_picture_is_drawn_again_alone(project: Project, harm: object) -> None:
+    path = stored(project)[0]
+    before = path.read_bytes()
+    harm(path)
+    ran = project.make("preview")["preview"]
+    assert ran.counts == {"images": 3, "rendered": 1, "reused": 2}
+    assert path.read_bytes() == before
+
+
+def test_damaged_picture_is_not_shown_until_drawn_again(project: Project) -> None:
+    path, shown = stored(project)[0], contents(project.results)
+    before = path.read_bytes()
+    flip(path)
+    refused = project.run("preview")
+    assert (refused.code, refused.error) == (4, "file.changed")
+    assert contents(project.results) == shown
+    forced = project.run("preview", "--force")
+    assert forced.counts["rendered"] == 1
+    assert path.read_bytes() == before
+
+
+def test_damaged_lora_draws_nothing(project: Project) -> None:
+    before = stored(project)
+    [folder] = (project.store / "train").iterdir()
+    flip(folder / "lora.safetensors", 0.9)
+    refused = project.run("preview", sets=("preview.size=48",))
+    assert (refused.code, refused.error) == (4, "lora.digest")
+    # What was drawn of the other steps may stay: it is right.
+    assert set(before) <= set(stored(project))
+    assert len(stored(project)) <= len(before) + 2
+
+
+def test_pictures_of_the_finished_lora_outlive_its_checkpoints(project: Project) -> None:
+    shutil.rmtree(project.store / "checkpoints")
+    ran = project.run("preview", sets=("preview.size=48",))
+    assert ran.counts == {"images": 2, "rendered": 2, "reused": 0}
+
+
+def test_preview_before_training_names_the_stage_that_is_missing(untrained: Project) -> None:
+    before = listing(untrained.store, "lookup")
+    refused = untrained.run("preview")
+    assert (refused.code, refused.error) == (5, "input.missing")
+    assert refused.result["error"]["fix"].startswith("flux2-lora train ")
+    assert listing(untrained.store, "lookup") == before

@@ -1,0 +1,201 @@
+"""verify: silent about a whole run, every kind of damage found and listed, nothing written but the report."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from stages.stores.tensors import Tensor, load, save
+from tests.stages.project import Project, draw, flip, listing, stop_after, truncate
+
+Harm = Callable[[Path], None]
+
+
+def codes(project: Project, *flags: str) -> list[str]:
+    """Run verify and return the codes of its findings."""
+    return [finding["code"] for finding in project.run("verify", *flags).result["findings"]]
+
+
+def only(folder: Path, pattern: str) -> Path:
+    """Return the one file that fits; of several, the first by name."""
+    return sorted(folder.glob(pattern))[0]
+
+
+def rewritten(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Write a LoRA again with other numbers."""
+    file = load(path)
+    path.unlink()
+    tensors = {name: Tensor(each.dtype, change(each.data.copy())) for name, each in file.tensors.items()}
+    save(path, tensors, file.metadata)
+
+
+def test_whole_run_has_no_findings(project: Project) -> None:
+    ran = project.run("verify")
+    assert (ran.code, ran.status, ran.result["key"]) == (0, "built", None)
+    assert (ran.counts["errors"], ran.counts["hints"], ran.result["findings"]) == (0, 0, [])
+    assert ran.counts["checked"] > 30
+    assert Path(ran.result["path"]) == (project.results / "verify.json").absolute()
+    report = msgspec.json.decode((project.results / "verify.json").read_bytes())
+    assert (report["errors"], report["not_checked"]) == (0, [])
+
+
+def test_nothing_is_written_but_the_report(project: Project) -> None:
+    before = listing(project.root)
+    assert project.run("verify").code == 0
+    after = listing(project.root)
+    report = "runs/cat/verify.json"
+    assert {name for name in after if after[name] != before.get(name)} == {report, "runs/cat"}
+    assert before.keys() | {report} == after.keys()
+
+
+def test_quick_says_what_it_left_out(project: Project) -> None:
+    flip(project.lora)
+    ran = project.run("verify", "--quick")
+    assert (ran.code, ran.counts["errors"]) == (0, 0)
+    report = msgspec.json.decode((project.results / "verify.json").read_bytes())
+    assert report["depth"] == "quick"
+    assert len(report["not_checked"]) == 3
+
+
+PLACES = {
+    "the LoRA": "runs/cat/cat.safetensors",
+    "a checkpoint's copy": "runs/cat/checkpoint_2.safetensors",
+    "a picture's copy": "runs/cat/preview_2.png",
+    "the artifact's LoRA": "store/train/*/lora.safetensors",
+    "a checkpoint's state": "store/checkpoints/*/2/state.safetensors",
+    "a checkpoint's LoRA": "store/checkpoints/*/2/lora.safetensors",
+    "a latent fragment": "store/fragments/latents/*/c.0.0.0.0",
+    "a text fragment": "store/fragments/embeddings/*.parquet",
+    "a stored picture": "store/fragments/previews/*.png",
+    "the dataset's table": "store/validate/*/dataset.parquet",
+    "the latents' index": "store/encode-latents/*/index.parquet",
+    "the texts' index": "store/encode-text/*/index.parquet",
+    "the pictures' index": "store/preview/*/index.json",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_file_of_the_run_is_missed_measured_and_read(project: Project, place: str) -> None:
+    path = only(project.root, PLACES[place])
+    whole = path.read_bytes()
+    for harm, code in ((flip, "file.changed"), (truncate, "file.size"), (Path.unlink, "file.missing")):
+        harm(path)
+        ran = project.run("verify")
+        assert ran.code == 4, (place, code)
+        named = [finding for finding in ran.result["findings"] if finding["where"].startswith(str(path))]
+        assert code in [finding["code"] for finding in named], (place, code)
+        assert all(finding["fix"] for finding in named)
+        path.write_bytes(whole)
+    assert project.run("verify").code == 0
+
+
+@pytest.mark.parametrize("stage", ["validate", "encode-latents", "encode-text", "train", "preview"])
+def test_changed_manifest_is_found(project: Project, stage: str) -> None:
+    path = only(project.store, f"{stage}/*/manifest.json")
+    flip(path)
+    ran = project.run("verify")
+    assert ran.code == 4
+    assert ran.result["findings"][0]["code"].startswith("manifest.")
+    path.unlink()
+    assert project.run("verify").code == 5
+
+
+def test_changed_or_lost_checkpoint_is_found(project: Project) -> None:
+    folder = only(project.store, "checkpoints/*/2")
+    flip(folder / "manifest.json")
+    ran = project.run("verify")
+    assert (ran.code, ran.error) == (4, "checkpoint.missing")
+    shutil.rmtree(folder)
+    assert project.run("verify").error == "checkpoint.missing"
+
+
+def test_all_faults_of_a_run_are_listed_at_once(project: Project) -> None:
+    (project.results / "preview_0.png").unlink()
+    truncate(project.results / "checkpoint_2.safetensors")
+    flip(only(project.store, "fragments/latents/*/c.0.0.0.0"))
+    draw(project.pictures, "ada", (1, 2, 3))
+    ran = project.run("verify")
+    found = sorted(finding["code"] for finding in ran.result["findings"])
+    assert found == ["dataset.changed", "file.changed", "file.missing", "file.size"]
+    assert (ran.code, ran.counts["errors"]) == (4, 4)
+    assert ran.stderr.count("error[") == 4
+    report = msgspec.json.decode((project.results / "verify.json").read_bytes())
+    assert report["findings"] == ran.result["findings"]
+
+
+def test_lora_that_does_nothing_is_found(project: Project) -> None:
+    rewritten(project.lora, np.zeros_like)
+    assert {"lora.zero", "lora.digest"} <= set(codes(project))
+
+
+def test_lora_with_undefined_numbers_is_found(project: Project) -> None:
+    # The bits of a bfloat16 NaN.
+    rewritten(project.lora, lambda bits: np.full_like(bits, 0x7FC0))
+    assert "lora.not_finite" in codes(project)
+
+
+def test_changed_or_lost_picture_of_the_dataset_is_lineage(project: Project) -> None:
+    draw(project.pictures, "ada", (1, 2, 3))
+    (project.pictures / "bob.png").unlink()
+    ran = project.run("verify")
+    assert (ran.code, ran.error) == (5, "dataset.changed")
+    assert [Path(finding["where"]).name for finding in ran.result["findings"]] == ["ada.png", "bob.png"]
+
+
+def test_stages_made_from_each_other_s_older_results_are_lineage(project: Project) -> None:
+    (project.pictures / "ada.txt").write_text("another caption")
+    project.make("validate", "encode-text")
+    ran = project.run("verify")
+    assert (ran.code, ran.error) == (5, "chain.broken")
+    where = [finding["what"] for finding in ran.result["findings"]]
+    assert any("train" in what and "encode-text" in what for what in where)
+
+
+def test_pictures_of_an_older_lora_are_lineage(project: Project) -> None:
+    assert project.run("train", sets=("train.learning_rate=2e-3", "preview.prompts=[]")).code == 5
+    project.make("train", sets=("train.learning_rate=2e-3",))
+    ran = project.run("verify")
+    assert (ran.code, ran.error) == (5, "chain.broken")
+    assert "preview" in ran.result["error"]["what"]
+
+
+def test_training_begun_anew_and_not_finished_is_lineage_not_damage(project: Project) -> None:
+    sets = ("train.learning_rate=2e-3", "train.steps=3", "train.checkpoint_every=1", "preview.during_training=false")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(1, signal.SIGTERM, patch)
+        assert project.run("train", sets=sets).code == 143
+    ran = project.run("verify")
+    assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (5, ["train.unfinished"])
+
+
+def test_changed_model_is_lineage(own_model: Project) -> None:
+    own_model.make("train", "preview", sets=("train.steps=1",))
+    assert own_model.run("verify").code == 0
+    flip(own_model.root / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    ran = own_model.run("verify")
+    assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (5, ["model.changed"])
+
+
+def test_run_whose_model_is_gone_is_judged_without_it(own_model: Project) -> None:
+    own_model.make("train", "preview", sets=("train.steps=1",))
+    shutil.rmtree(own_model.root / "model")
+    ran = own_model.run("verify")
+    report = msgspec.json.decode((own_model.results / "verify.json").read_bytes())
+    assert ran.code == 0
+    assert any(line.startswith("the model's files") for line in report["not_checked"])
+
+
+def test_run_that_never_was_names_every_stage(project: Project) -> None:
+    ran = project.run("verify", sets=("run.name=other",))
+    assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (5, ["stage.not_run"] * 5)
+
+
+def test_moved_project_is_whole(project: Project, tmp_path: Path) -> None:
+    shutil.move(project.root, tmp_path / "moved")
+    assert Project(tmp_path / "moved").run("verify").code == 0
