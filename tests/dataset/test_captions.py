@@ -12,6 +12,7 @@ from stages.dataset.captions import (
     decode_text,
     prompt_with_trigger,
     read_captions,
+    with_class_word,
     with_trigger,
 )
 from stages.dataset.discover import discover
@@ -139,6 +140,10 @@ def test_trigger_is_replaced_else_kept_as_a_word_else_put_in_front() -> None:
 def test_prompts_only_have_the_trigger_replaced() -> None:
     assert prompt_with_trigger("a [trigger]", "zorb") == "a zorb"
     assert prompt_with_trigger("a cat", "zorb") == "a cat"
+
+
+def test_the_class_word_stands_wherever_the_trigger_stood() -> None:
+    assert with_class_word("zorb, two zorbs and a car", "zorb", "cat") == "cat, two cats and a car"
 
 
 def test_caption_id_is_the_first_half_of_the_sha256() -> None:
