@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
+from schemas.adapter import Adapter, Alpha, LoRA, Override, Path, Pattern, Rank
 from schemas.base import Strict
 from schemas.ema import Ema
 from schemas.objective import Loss, Mse, Output, Unweighted, Weighting
-from schemas.optimizers import AdamW, Optimizer
+from schemas.optimizers import AdamW, Optimizer, ScheduleFree
 from schemas.schedules import Constant, Schedule
 from schemas.timesteps import Shift, Timesteps, Weighted
 
@@ -28,9 +29,13 @@ class Train(Strict, frozen=True):
     batch_size: Annotated[int, Meta(ge=1, le=1024)] = 1
     gradient_accumulation: Annotated[int, Meta(ge=1, le=1024)] = 1
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
-    rank: Annotated[int, Meta(ge=1, le=1024)] = 16
-    alpha: Annotated[float, Meta(gt=0.0, le=4096.0)] = 16.0
-    targets: Literal["blocks", "attention"] | tuple[str, ...] = "blocks"
+    rank: Rank = 16
+    alpha: Alpha = 16.0
+    targets: Literal["blocks", "attention", "all"] | tuple[Pattern, ...] = "blocks"
+    exclude: tuple[Pattern, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    adapter: Adapter = LoRA()
+    init_lora: Path | None = None
     checkpoint_every: Positive = 500
     gradient_checkpointing: bool = True
     compile: bool = False
@@ -47,10 +52,14 @@ class Train(Strict, frozen=True):
     preservation: Output | None = None
 
     def __post_init__(self) -> None:
-        """Fill in the learning rate. Raises ValueError where noise levels would be weighted twice."""
+        """Fill in the learning rate. Raises ValueError for settings of which one would undo the other."""
         force_setattr(self, "learning_rate", self.peak_rate)
         if isinstance(self.timesteps, Weighted) and not isinstance(self.weighting, Unweighted):
             raise ValueError('timesteps of kind "weighted" weight the loss already; take "uniform", or no weighting')
+        if self.init_lora is not None and getattr(self.adapter, "init", "kaiming") != "kaiming":
+            raise ValueError("init_lora is where the adapter starts: leave out adapter.init")
+        if self.adapter.max_norm is not None and isinstance(self.optimizer, ScheduleFree):
+            raise ValueError("schedule_free averages past the bound of adapter.max_norm: leave one out")
 
     @property
     def peak_rate(self) -> float:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stages.flux2.transformer import Transformer
     from stages.training.objective import Batch
 
+SEED = 0
 HELP = """Measure training steps at full size with random weights: time per step and peak memory.
 
 \b
@@ -76,7 +77,7 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
 
     from stages.training.step import Trainer
 
-    trainer = Trainer(transformer, settings)
+    trainer = Trainer(transformer, settings, SEED)
     batch = random_batch(variant, size_px, settings.batch_size)
     mx.eval(batch)
     times: list[float] = []
@@ -117,14 +118,13 @@ def COMMAND(**options: Any) -> int:
 
     from stages.flux2.backend import prepare
     from stages.lora.merge import attach
-    from stages.lora.targets import resolve
 
     variant = VARIANTS[options["model"]]
     backend = prepare()
     messages.say(backend.line())
     transformer = random_transformer(variant, backend.compute_dtype)
     rank = options["rank"]
-    attach(transformer, resolve(variant.transformer, "blocks"), rank=rank, alpha=float(rank), seed=0)
+    attach(transformer, Train(rank=rank, alpha=float(rank)), seed=SEED)
     rows: list[Measured] = []
     for size_px, checkpointing, compiled in itertools.product(
         options["size"], _choices(options["checkpointing"]), _choices(options["compile"])

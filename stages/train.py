@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from schemas import results
-from schemas.errors import Damaged, Stale
+from schemas.errors import BadConfig, Damaged, Stale
 from schemas.manifest import Manifest
 from stages.contract.artifacts import Built, Plan, keyed, restore_file
-from stages.contract.digests import canonical_json
+from stages.contract.digests import canonical_json, digest_of
 from stages.contract.job import Job
 from stages.contract.publish import write_file
 from stages.contract.runner import differences, upstream
@@ -20,6 +20,8 @@ from stages.flux2.folder import require_trainable
 from stages.flux2.identity import model_of, transformer_digest
 
 if TYPE_CHECKING:
+    from stages.flux2.transformer import Transformer
+    from stages.lora.layer import Factors
     from stages.training.checkpoints import Checkpoint
     from stages.training.data import TrainingData
     from stages.training.loop import Line
@@ -38,7 +40,7 @@ class Train:
         model = model_of(job)
         require_trainable(model, allow_distilled=job.config.model.allow_distilled)
         settings = {**keyed(job.config.train), "seed": job.config.run.seed}
-        del settings["checkpoint_every"]
+        del settings["checkpoint_every"], settings["init_lora"]
         latents, _ = upstream(job, "encode-latents")
         text, _ = upstream(job, "encode-text")
         dataset, _ = upstream(job, "validate")
@@ -48,6 +50,7 @@ class Train:
             "caption": text.roles["caption"],
             "empty": text.roles["empty"],
             "transformer": transformer_digest(job, model),
+            **_init_lora_digest(job),
         }
         if job.config.train.preservation is not None:
             inputs["class"] = text.roles["class"]
@@ -144,7 +147,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.flux2.backend import prepare
     from stages.flux2.load import load_transformer
     from stages.lora.merge import attach
-    from stages.lora.targets import resolve
+    from stages.lora.targets import portability, sizes
     from stages.stores.tensors import to_mlx
     from stages.training.loop import Loop
     from stages.training.recorder import Recorder
@@ -153,11 +156,14 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     settings = job.config.train
     backend = prepare()
     job.say(backend.line())
-    names = resolve(model_of(job).variant.transformer, settings.targets)
+    # Patterns that match nothing are told before anything large is loaded.
+    sizes(model_of(job).variant.transformer, settings)
+    for line in portability(settings):
+        job.warn(line)
     data = _data(job)
     transformer = load_transformer(model_of(job), backend.compute_dtype)
-    attach(transformer, names, rank=settings.rank, alpha=settings.alpha, seed=job.config.run.seed)
-    trainer = Trainer(transformer, settings)
+    attach(transformer, settings, seed=job.config.run.seed, start=_init_lora(job, transformer))
+    trainer = Trainer(transformer, settings, job.config.run.seed)
     metrics: list[Line] = []
     if start is not None:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
@@ -168,6 +174,51 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         loop = Loop(trainer, data, settings, job.config.run.seed, recorder.line, recorder.checkpoint, metrics)
         loop.run()
     return recorder.last
+
+
+def _init_lora(job: Job, transformer: Transformer) -> Factors | None:
+    """Return the factors of the LoRA to train on from. Raises Damaged when it is none of this model."""
+    path = _init_lora_path(job)
+    if path is None:
+        return None
+    from stages.lora.formats.read import read
+    from stages.stores.tensors import load, to_mlx
+
+    file = load(path)
+    tensors = {name: to_mlx(tensor) for name, tensor in file.tensors.items()}
+    return read(tensors, file.metadata, transformer.config, str(path))
+
+
+def _init_lora_path(job: Job) -> Path | None:
+    """Return where `train.init_lora` is. Raises BadConfig when there is no such file."""
+    name = job.config.train.init_lora
+    if name is None:
+        return None
+    path = job.base / name
+    if not path.is_file():
+        raise BadConfig(
+            "train.init_lora_absent",
+            "the LoRA to train on from does not exist",
+            where=str(path),
+            fix=f"correct train.init_lora in {job.config_path} (it is relative to that file)",
+        )
+    return path
+
+
+def _init_lora_digest(job: Job) -> dict[str, str]:
+    """Return the digest of what `train.init_lora` holds, whatever the file is called: its tensors and their scale."""
+    path = _init_lora_path(job)
+    if path is None:
+        return {}
+
+    def compute() -> str:
+        from stages.lora.formats.scale import ADAPTER_METADATA
+        from stages.stores.tensors import load, tensor_digest
+
+        file = load(path)
+        return digest_of("init-lora", [tensor_digest(file.tensors), file.metadata.get(ADAPTER_METADATA)])
+
+    return {"init_lora": job.digests.one(f"init-lora {path.absolute()}", [path], compute)}
 
 
 def _data(job: Job) -> TrainingData:

@@ -167,6 +167,7 @@ def _lora(inspection: Inspection, train: Manifest) -> None:
         return
     from stages.flux2.identity import model_without_making
     from stages.lora.formats.read import read
+    from stages.lora.layer import learnt
     from stages.stores.tensors import load, tensor_digest, to_mlx
 
     try:
@@ -188,7 +189,7 @@ def _lora(inspection: Inspection, train: Manifest) -> None:
     except Damaged as error:
         inspection.failed(error)
         return
-    if not any(factor.any().item() for name, factor in factors.items() if name.endswith("lora_B")):
+    if not learnt(factors):
         inspection.error(
             Damaged,
             "lora.zero",

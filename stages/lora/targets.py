@@ -1,60 +1,122 @@
-"""Which linears get an adapter: named sets, or patterns over the names of the blocks' linears.
+"""Which linears get an adapter, and how large: named sets, or patterns over the linears' names.
 
-Only linears inside the blocks can be chosen. The shared modulation drives every block at once and collapses when
-trained; embedders and the final layer have names that some readers of LoRA files get wrong.
+Adaptable are all linears inside the blocks, and img_in, txt_in and final_layer.linear, which ComfyUI and diffusers
+read too (mflux and the Swift app skip those three). Not adaptable: the shared modulation and the embedders of time
+and guidance, each of which drives every block at once and collapses when trained, and final_layer.adaLN_modulation,
+whose halves diffusers swaps.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
+from schemas.adapter import DoRA, LoKr
 from schemas.errors import BadConfig, Fault
+from schemas.train import Train
 from stages.flux2.shapes import transformer_shapes
 from stages.flux2.variants import TransformerConfig
 
-Targets = Literal["blocks", "attention"] | tuple[str, ...]
+SetName = Literal["blocks", "attention", "all"]
+Targets = SetName | tuple[str, ...]
 BLOCKS = ("double_blocks.", "single_blocks.")
+NAMED = 3  # of many, in messages
+FIRST, LAST = ("img_in", "txt_in"), ("final_layer.linear",)
 # Patterns of the named sets. linear1 and linear2 hold a single block's attention and MLP in one.
-SETS: dict[str, tuple[str, ...]] = {
-    "blocks": ("*",),
+SETS: dict[SetName, tuple[str, ...]] = {
+    "blocks": ("double_blocks.*", "single_blocks.*"),
     "attention": ("double_blocks.*_attn.*", "single_blocks.*"),
+    "all": ("*",),
 }
 
 
+class Size(NamedTuple):
+    """How large a linear's adapter is."""
+
+    rank: int
+    alpha: float
+
+
 def linear_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Return (out, in) of every linear inside the blocks, by BFL name, in the order of the forward pass."""
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in transformer_shapes(config).items()
-        if name.startswith(BLOCKS) and len(shape) == 2
-    }
+    """Return (out, in) of every adaptable linear, by BFL name, in the order of the forward pass."""
+    shapes = {name.removesuffix(".weight"): shape for name, shape in transformer_shapes(config).items()}
+    blocks = [name for name, shape in shapes.items() if name.startswith(BLOCKS) and len(shape) == 2]
+    return {name: shapes[name] for name in (*FIRST, *blocks, *LAST)}
 
 
-def resolve(config: TransformerConfig, targets: Targets) -> list[str]:
-    """Return the names of the linears `targets` means, in the order of the forward pass.
+def resolve(config: TransformerConfig, targets: Targets, exclude: Sequence[str] = ()) -> list[str]:
+    """Return the names of the linears `targets` means without those of `exclude`, in the order of the forward pass.
 
     Patterns are shell-style (`double_blocks.*.img_attn.*`). Raises `BadConfig` for each that matches nothing.
     """
     names = list(linear_shapes(config))
     patterns = SETS[targets] if isinstance(targets, str) else targets
-    matched = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
-    faults = [_matches_nothing(pattern, names) for pattern, found in matched.items() if not found]
+    faults = list(_unmatched(patterns, names, "train.targets"))
     if not patterns:
         faults = [Fault(code="train.no_targets", what="train.targets is empty", fix='set train.targets = "blocks"')]
+    chosen = [name for name in names if _matches(name, patterns)]
+    faults += _unmatched(exclude, chosen, "train.exclude") if not faults else []
+    left = [name for name in chosen if not _matches(name, exclude)]
+    if not faults and not left:
+        why = "train.exclude leaves none of train.targets"
+        faults = [Fault(code="train.no_targets", what="no linear is left to adapt", why=why, fix="exclude fewer")]
     if faults:
         raise BadConfig.of(faults)
-    chosen = set().union(*matched.values())
-    return [name for name in names if name in chosen]
+    return left
 
 
-def _matches_nothing(pattern: str, names: list[str]) -> Fault:
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-    return Fault(
-        code="train.no_such_target",
-        what=f"the target {pattern} matches no linear of the blocks",
-        where="train.targets",
-        why=f"nearest: {', '.join(near)}; modulation, embedders and the final layer are never adapted",
-        fix='correct the pattern, or set train.targets = "blocks"',
-    )
+def sizes(config: TransformerConfig, settings: Train) -> dict[str, Size]:
+    """Return the targets of the settings with their rank and alpha; the last override that matches counts.
+
+    Raises `BadConfig` for every pattern that matches nothing.
+    """
+    chosen = resolve(config, settings.targets, settings.exclude)
+    patterns = [override.pattern for override in settings.overrides]
+    if faults := list(_unmatched(patterns, chosen, "train.overrides")):
+        raise BadConfig.of(faults)
+    found = dict.fromkeys(chosen, Size(settings.rank, settings.alpha))
+    for override in settings.overrides:
+        for name in fnmatch.filter(chosen, override.pattern):
+            found[name] = Size(override.rank, override.alpha)
+    return found
+
+
+def portability(settings: Train) -> list[str]:
+    """Return what people should know before training: which programs will not show this LoRA as it was trained."""
+    if isinstance(settings.adapter, DoRA):
+        return ["DoRA: diffusers drops dora_scale and shows another picture; ComfyUI reads it"]
+    if isinstance(settings.adapter, LoKr):
+        return ["LoKr: ComfyUI and diffusers read it, mflux and the Swift app do not"]
+    ranks = {settings.rank, *(override.rank for override in settings.overrides)}
+    return [
+        f"rank {rank} is divisible by 3: mflux cannot load such an adapter of qkv; take {rank - 1} or {rank + 1}"
+        for rank in sorted(ranks)
+        if rank % 3 == 0
+    ]
+
+
+def named(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unmatched(patterns: Sequence[str], names: list[str], where: str) -> Iterator[Fault]:
+    """Yield a fault for every pattern that matches none of the names."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            never = "modulation and the embedders of time and guidance are never adapted"
+            yield Fault(
+                code="train.no_such_target",
+                what=f"the pattern {pattern} matches none of {len(names)} linears",
+                where=where,
+                why=f"nearest: {', '.join(near)}; {never}",
+                fix=f"correct the pattern, or take it out of {where}",
+            )

@@ -14,6 +14,7 @@ import mlx.core as mx
 from schemas.errors import Diverged, Stopped
 from schemas.train import Train
 from stages.dataset.order import BatchOrder
+from stages.lora.layer import learnt
 from stages.training import objective
 from stages.training.data import Batch, Sample, TrainingData, ahead
 from stages.training.interruption import Interruption
@@ -142,10 +143,8 @@ class Loop:
         self.on_line(line)
 
     def _check_progress(self) -> None:
-        """Raise Diverged when every B is still zero: the LoRA would do nothing."""
-        state = self.trainer.state()
-        learnt = [array.any() for name, array in state.items() if name.endswith("lora_B")]
-        if not mx.stack(learnt).any().item():
+        """Raise Diverged when every up-matrix is still zero: the LoRA would do nothing."""
+        if not learnt(self.trainer.factors):
             raise Diverged(
                 "train.no_progress",
                 "nothing was learnt: every up-matrix is still zero",

@@ -15,6 +15,7 @@ from stages.contract.publish import write_file
 from stages.flux2.identity import model_of
 from stages.flux2.load import load_autoencoder
 from stages.lora.formats.bfl import metadata, to_tensors
+from stages.lora.merge import portable
 from stages.stores.tensors import from_mlx
 from stages.training.checkpoints import Checkpoint, Snapshot, metrics_lines, trajectory_of, write_checkpoint
 from stages.training.loop import Line
@@ -50,8 +51,8 @@ class Recorder:
     def checkpoint(self, step: int, public: bool) -> None:  # noqa: FBT001
         """Publish the state; a public one also gives its LoRA file and pictures."""
         settings = self._job.config.train
-        scale, dtype = settings.alpha / settings.rank, getattr(mx, settings.save_dtype)
-        lora = to_tensors(self._trainer.factors, scale=scale, dtype=dtype)
+        factors = portable(self._trainer.transformer, self._trainer.factors)
+        lora = to_tensors(factors, dtype=getattr(mx, settings.save_dtype))
         snapshot = Snapshot(
             step=step,
             public=public,

@@ -14,11 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from schemas.errors import Damaged
-from schemas.objective import Loss
 from schemas.train import Train
 from stages.flux2.transformer import Transformer
 from stages.lora.layer import Factors
-from stages.lora.merge import assign, trainable
+from stages.lora.merge import assign, draw_keys, dropping, limiter, trainable
 from stages.training.ema import initial_average, update_average
 from stages.training.objective import Batch, loss
 from stages.training.optimizers.choice import optimizer
@@ -46,18 +45,19 @@ class StepResult:
 class Trainer:
     """Trains the adapters on a transformer; the base weights are frozen and shared with whoever else uses them."""
 
-    def __init__(self, transformer: Transformer, settings: Train) -> None:
+    def __init__(self, transformer: Transformer, settings: Train, seed: int) -> None:
         transformer.checkpoint = settings.gradient_checkpointing
         self._transformer = transformer
         self._settings = settings
+        self._seed = seed
         self._factors = trainable(transformer)
         self._rule = optimizer(settings.optimizer)
         self._optimizer = self._rule.initial(self._factors)
         self._average = {} if settings.ema is None else initial_average(self._factors)
         self._steps = 0
         self._running: list[mx.array] = []
-        self._gradient = _gradient(transformer, settings.loss, compiled=settings.compile)
-        self._apply = _apply(settings)
+        self._gradient = _gradient(transformer, settings)
+        self._apply = _apply(settings, limiter(transformer, settings.adapter.max_norm))
 
     @property
     def steps(self) -> int:
@@ -123,14 +123,18 @@ class Trainer:
     def _accumulate(self, batches: Sequence[Batch]) -> tuple[mx.array, Factors]:
         samples = sum(batch.latents.shape[0] for batch in batches)
         shares = [batch._replace(weights=batch.weights * (batch.latents.shape[0] / samples)) for batch in batches]
-        total, gradients = self._gradient(self._factors, *shares[0])
-        for share in shares[1:]:
+        total, gradients = self._gradient(self._factors, self._draw_keys(0), *shares[0])
+        for index, share in enumerate(shares[1:], 1):
             # Tied behind the micro-batch before: else the graph may keep the activations of several at once.
             latents = mx.depends([share.latents], [total, *gradients.values()])[0]
-            value, found = self._gradient(self._factors, *share._replace(latents=latents))
+            value, found = self._gradient(self._factors, self._draw_keys(index), *share._replace(latents=latents))
             total = total + value
             gradients = {name: gradients[name] + found[name] for name in gradients}
         return total, gradients
+
+    def _draw_keys(self, micro_batch: int) -> dict[str, mx.array]:
+        spec = self._settings.adapter
+        return draw_keys(self._transformer, spec, seed=self._seed, step=self._steps, micro_batch=micro_batch)
 
     def _launch(self, arrays: list[mx.array]) -> None:
         # The one evaluation point of a step. The step before must end first, so that two never share the memory;
@@ -140,21 +144,24 @@ class Trainer:
         self._running = arrays
 
 
-def _gradient(transformer: Transformer, kind: Loss, *, compiled: bool) -> Gradient:
-    """Return gradient(factors, *batch) -> (loss, gradients); a closure of its own per trainer.
+def _gradient(transformer: Transformer, settings: Train) -> Gradient:
+    """Return gradient(factors, keys, *batch) -> (loss, gradients); a closure of its own per trainer.
 
     `mx.compile` remembers traces by function and shapes: one trace per bucket, never one of another configuration.
     """
 
     def value(factors: Factors, *batch: Any) -> mx.array:
         assign(transformer, factors)
-        return loss(transformer, Batch(*batch), kind)
+        return loss(transformer, Batch(*batch), settings.loss)
 
-    gradient = mx.value_and_grad(value)
-    return mx.compile(gradient) if compiled else gradient
+    def gradient(factors: Factors, keys: dict[str, mx.array], *batch: Any) -> tuple[mx.array, Factors]:
+        with dropping(transformer, settings.adapter, keys):
+            return mx.value_and_grad(value)(factors, *batch)
+
+    return mx.compile(gradient) if settings.compile else gradient
 
 
-def _apply(settings: Train) -> Apply:
+def _apply(settings: Train, limit: Callable[[Factors], Factors]) -> Apply:
     """Return apply(loss, gradients, factors, state, average, rate) -> (factors, state, average, norm, finite)."""
     rule = optimizer(settings.optimizer)
 
@@ -165,6 +172,7 @@ def _apply(settings: Train) -> Apply:
         clip = mx.minimum(1.0, settings.clip_norm / (norm + CLIP_EPS))
         clipped = {name: gradient * clip for name, gradient in gradients.items()}
         new_factors, new_state = rule.update(clipped, factors, state, rate)
+        new_factors = limit(new_factors)
         new_average = (
             {}
             if settings.ema is None

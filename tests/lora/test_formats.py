@@ -7,7 +7,8 @@ from schemas.errors import BadConfig, Damaged
 from stages.flux2.positions import rope
 from stages.flux2.variants import KLEIN_4B
 from stages.lora.formats import bfl, diffusers
-from stages.lora.formats.read import ADAPTER_METADATA, read
+from stages.lora.formats.read import read
+from stages.lora.formats.scale import ADAPTER_METADATA
 from stages.lora.layer import Factors
 from stages.lora.merge import applied
 from stages.stores import tensors as store
@@ -53,7 +54,7 @@ def test_a_file_saved_by_diffusers_gives_the_velocity_that_diffusers_computes_wi
 
 def test_what_we_write_is_still_the_file_that_diffusers_loaded() -> None:
     tensors, metadata = load("lora-bfl")
-    assert equal(bfl.to_tensors(golden_factors(), scale=SCALE, dtype=mx.float32), tensors)
+    assert equal(bfl.to_tensors(scaled(golden_factors()), dtype=mx.float32), tensors)
     assert metadata == bfl.metadata(4, {}) == {"format": "pt", "lora_rank": "4", "lora_alpha": "4"}
 
 
@@ -65,14 +66,14 @@ def test_reading_folds_the_scale_into_b_and_joins_a_shared_a(name: str) -> None:
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_values_are_rounded_once_to_the_saved_type(dtype: mx.Dtype) -> None:
     expected = scaled(golden_factors())
-    tensors = bfl.to_tensors(golden_factors(), scale=SCALE, dtype=dtype)
+    tensors = bfl.to_tensors(scaled(golden_factors()), dtype=dtype)
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     found = read(tensors, {}, tiny.KLEIN)
     assert equal(found, {name: factor.astype(dtype).astype(mx.float32) for name, factor in expected.items()})
 
 
 def test_export_in_diffusers_names_reads_back_the_same() -> None:
-    tensors = diffusers.to_tensors(golden_factors(), tiny.KLEIN, scale=SCALE, dtype=mx.float32)
+    tensors = diffusers.to_tensors(scaled(golden_factors()), tiny.KLEIN, dtype=mx.float32)
     assert {key.partition(".")[0] for key in tensors} == {"transformer"}
     assert equal(read(tensors, {}, tiny.KLEIN), scaled(golden_factors()))
 
@@ -112,7 +113,7 @@ def codes(caught: pytest.ExceptionInfo[Damaged]) -> list[str]:
 def test_all_faults_of_a_file_are_reported_at_once_with_counts() -> None:
     tensors, metadata = load("lora-bfl")
     tensors["diffusion_model.double_blocks.9.img_attn.qkv.lora_A.weight"] = mx.zeros((4, 32))
-    tensors["diffusion_model.img_in.lora_A.weight"] = mx.zeros((4, 8))
+    tensors["diffusion_model.time_in.in_layer.lora_A.weight"] = mx.zeros((4, 8))
     del tensors["diffusion_model.single_blocks.0.linear1.lora_B.weight"]
     tensors["diffusion_model.single_blocks.1.linear1.lora_B.weight"] = mx.zeros((31, 4))
     tensors["diffusion_model.single_blocks.1.linear2.lora_B.weight"] *= float("nan")
@@ -137,7 +138,7 @@ def test_a_file_without_adapters_is_refused() -> None:
 
 def test_a_linear_named_twice_is_refused() -> None:
     tensors, metadata = load("lora-bfl")
-    again = diffusers.to_tensors(golden_factors(), tiny.KLEIN, scale=1.0, dtype=mx.float32)
+    again = diffusers.to_tensors(golden_factors(), tiny.KLEIN, dtype=mx.float32)
     tensors |= {key: again[key] for key in again if "single_transformer_blocks.0" in key or "1.attn.to_q" in key}
     with pytest.raises(Damaged) as caught:
         read(tensors, metadata, tiny.KLEIN)
@@ -152,7 +153,7 @@ def test_a_linear_named_twice_is_refused() -> None:
         "[]",
         "{}",
         '{"transformer.r": 0, "transformer.lora_alpha": 1}',
-        '{"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.use_rslora": true}',
+        '{"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.rank_pattern": {"to_q": 8}}',
     ],
 )
 def test_adapter_metadata_that_cannot_be_applied_is_refused(text: str) -> None:

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from schemas.train import Train
 from stages.flux2.positions import rope
 from stages.flux2.transformer import Transformer
 from stages.lora.layer import Factors
@@ -29,12 +30,12 @@ def model() -> Transformer:
 
 def test_a_fresh_adapter_leaves_the_velocity_as_it_was(model: Transformer) -> None:
     before = velocity(model)
-    attach(model, resolve(model.config, "blocks"), rank=4, alpha=4.0, seed=1)
+    attach(model, Train(targets="blocks", rank=4, alpha=4.0), seed=1)
     assert mx.array_equal(velocity(model), before)
 
 
 def test_only_factors_are_trainable(model: Transformer) -> None:
-    attach(model, resolve(model.config, "attention"), rank=4, alpha=4.0, seed=1)
+    attach(model, Train(targets="attention", rank=4, alpha=4.0), seed=1)
     found = tree_flatten(model.trainable_parameters(), destination={})
     assert (
         set(found)
@@ -44,7 +45,7 @@ def test_only_factors_are_trainable(model: Transformer) -> None:
 
 
 def test_assigned_factors_are_those_computed_with(model: Transformer) -> None:
-    attach(model, resolve(model.config, "blocks"), rank=4, alpha=4.0, seed=1)
+    attach(model, Train(targets="blocks", rank=4, alpha=4.0), seed=1)
     before = velocity(model)
     assign(model, shifted(trainable(model), 0.1))
     assert tiny.error(velocity(model), before) > 1e-3
@@ -52,7 +53,7 @@ def test_assigned_factors_are_those_computed_with(model: Transformer) -> None:
 
 def test_an_applied_lora_replaces_the_training_adapters_and_gives_them_back(model: Transformer) -> None:
     bare = velocity(model)
-    attach(model, resolve(model.config, "attention"), rank=4, alpha=2.0, seed=1)
+    attach(model, Train(targets="attention", rank=4, alpha=2.0), seed=1)
     assign(model, shifted(trainable(model), 0.1))
     layers, factors, training = adapters(model), trainable(model), velocity(model)
     saved = {name: factor * (0.5 if name.endswith("lora_B") else 1) for name, factor in factors.items()}
@@ -65,7 +66,7 @@ def test_an_applied_lora_replaces_the_training_adapters_and_gives_them_back(mode
 
 
 def test_a_failing_preview_gives_the_training_adapters_back(model: Transformer) -> None:
-    attach(model, resolve(model.config, "attention"), rank=4, alpha=2.0, seed=1)
+    attach(model, Train(targets="attention", rank=4, alpha=2.0), seed=1)
     layers = adapters(model)
     with pytest.raises(KeyboardInterrupt), applied(model, {}):
         raise KeyboardInterrupt

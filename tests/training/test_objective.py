@@ -51,7 +51,7 @@ def golden_factors() -> Factors:
 @pytest.fixture
 def model() -> Transformer:
     model = tiny.transformer("klein")
-    attach(model, resolve(model.config, "blocks"), rank=4, alpha=2.0, seed=1)
+    attach(model, Train(rank=4, alpha=2.0), seed=1)
     return model
 
 
@@ -255,7 +255,7 @@ def test_the_base_prediction_is_that_of_the_model_without_adapters(model: Transf
 def test_preservation_draws_trained_adapters_back(model: Transformer) -> None:
     assign(model, golden_factors())
     settings = Train(learning_rate=1e-2, gradient_checkpointing=False)
-    trainer = Trainer(model, settings)
+    trainer = Trainer(model, settings, 1)
     batch = preserving(model, golden_batch(), class_text(), 1.0)
     losses = [trainer.step([batch]).loss.item() for _ in range(12)]
     assert losses[-1] < 0.5 * losses[0]
@@ -278,7 +278,7 @@ def test_a_joined_window_has_the_loss_of_both_parts(model: Transformer) -> None:
     single = Batch(*(array[:1] for array in batch[:5]))
     extra = preserving(model, single, class_text()[:1], 2.0)
     expected = loss(model, batch) + loss(model, extra)
-    found = Trainer(model, Train(gradient_checkpointing=False)).step(joined([batch], [extra])).loss
+    found = Trainer(model, Train(gradient_checkpointing=False), 1).step(joined([batch], [extra])).loss
     assert tiny.error(found, expected) <= 1e-6
 
 

@@ -22,8 +22,8 @@ SETTINGS = Train(learning_rate=1e-2, rank=4, alpha=4.0, gradient_checkpointing=F
 
 def trainer(settings: Train = SETTINGS) -> Trainer:
     model = tiny.transformer("klein")
-    attach(model, resolve(model.config, settings.targets), rank=settings.rank, alpha=settings.alpha, seed=1)
-    return Trainer(model, settings)
+    attach(model, settings, seed=1)
+    return Trainer(model, settings, 1)
 
 
 def batch(step: int, names: Sequence[str] = ("a", "b"), height: int = 3) -> Batch:
@@ -103,8 +103,8 @@ def test_checkpointing_and_compiling_change_no_bit(*, compiled: bool, checkpoint
 
 def test_the_adapters_on_the_transformer_are_the_trained_ones() -> None:
     model = tiny.transformer("klein")
-    attach(model, resolve(model.config, "attention"), rank=4, alpha=4.0, seed=1)
-    taking = Trainer(model, SETTINGS)
+    attach(model, msgspec.structs.replace(SETTINGS, targets="attention"), seed=1)
+    taking = Trainer(model, SETTINGS, 1)
     before = trainable(model)
     taking.step([batch(0)])
     assert not equal(trainable(model), before)

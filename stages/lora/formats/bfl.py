@@ -16,6 +16,7 @@ from stages.lora.layer import Factors
 from stages.lora.targets import linear_shapes
 
 PREFIX = "diffusion_model."
+PLAIN, WEIGHT, DORA_SCALE = (".lora_A", ".lora_B"), ".weight", ".dora_scale"
 # base_model.model. is peft's own.
 READ_PREFIXES = (PREFIX, "base_model.model.")
 MAX_METADATA_BYTES = 64 * 1024
@@ -26,13 +27,19 @@ def spellings(config: TransformerConfig) -> Spellings:
     return {f"{prefix}{name}": Place(name) for prefix in READ_PREFIXES for name in linear_shapes(config)}
 
 
-def to_tensors(factors: Factors, *, scale: float, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """Return the file's tensors: A [r, in], and B [out, r] times `scale` (alpha / rank), rounded once to dtype."""
-    scales = {"lora_A": 1.0, "lora_B": scale}
-    return {
-        f"{PREFIX}{name}.weight": (factor * scales[name.rpartition(".")[2]]).astype(dtype)
-        for name, factor in factors.items()
-    }
+def to_tensors(factors: Factors, *, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Return the file's tensors of portable factors, rounded once to dtype.
+
+    `dora_scale` becomes [out, 1] float32, whatever dtype is: it multiplies the base's rows, and rounded to bfloat16
+    it would change them by more than most LoRAs do.
+    """
+    tensors: dict[str, mx.array] = {}
+    for name, factor in factors.items():
+        if name.endswith(DORA_SCALE):
+            tensors[f"{PREFIX}{name}"] = factor[:, None].astype(mx.float32)
+        else:
+            tensors[f"{PREFIX}{name}{WEIGHT if name.endswith(PLAIN) else ''}"] = factor.astype(dtype)
+    return tensors
 
 
 def metadata(rank: int, provenance: Mapping[str, str]) -> dict[str, str]:

@@ -11,5 +11,8 @@ class Place(NamedTuple):
     module: str
     third: int | None = None
 
+    def __str__(self) -> str:
+        return self.module if self.third is None else f"{self.module} {'qkv'[self.third]}"
+
 
 Spellings = dict[str, Place]

@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from itertools import chain
 
 import mlx.core as mx
 import msgspec
 
 from schemas.errors import Damaged, Fault
 from stages.flux2.variants import TransformerConfig
-from stages.lora.formats import bfl, diffusers, kohya
+from stages.lora.formats import bfl, diffusers, kohya, kronecker, low_rank
 from stages.lora.formats.places import Place
-from stages.lora.layer import Factors
-from stages.lora.targets import linear_shapes
+from stages.lora.formats.scale import adapter_scale
+from stages.lora.layer import Factors, Parts
+from stages.lora.targets import linear_shapes, named
 
-SUFFIXES = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_down.weight": "A",
-    ".lora_up.weight": "B",
-    ".alpha": "alpha",
-}
+# What follows a linear's name -> what it is: parts of one adapter.
+SUFFIXES = low_rank.SUFFIXES | kronecker.SUFFIXES | {".alpha": "alpha"}
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
-ADAPTER_METADATA = "lora_adapter_metadata"
-NAMED = 3
 OTHER_FILE = "use a LoRA made for this model"
 
-
-class Pair(NamedTuple):
-    """One adapter as the file holds it: A [r, in], B [out, r], and alpha where the file has one."""
-
-    A: mx.array
-    B: mx.array
-    alpha: mx.array | None
-
-
-Parts = dict[str, mx.array]
+Adapters = dict[Place, Parts]
 
 
 def read(
     tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: TransformerConfig, where: str = ""
 ) -> Factors:
-    """Return a LoRA file's factors as float32, any scale folded into B.
+    """Return a LoRA file's factors as float32, any scale folded in: lora_A and lora_B, or lokr_w1 and lokr_w2.
 
-    Adapters apart on q, k and v become one on the fused linear, exactly: with their common A if it is one, else
-    side by side (rank 3r). Raises `Damaged`, all faults at once, if a tensor fits nothing, lacks its other half,
-    has the wrong shape or type, or is not finite. `where` names the file.
+    A DoRA has `dora_scale` or `lora_magnitude_vector` [out] besides, as the file means it. Adapters apart on q, k
+    and v become one on the fused linear, exactly: with their common A if it is one, else side by side (rank 3r).
+    Raises `Damaged`, all faults at once, if a tensor fits nothing, lacks its other half, has the wrong shape or
+    type, or is not finite. `where` names the file.
     """
-    parts, faults = _sort(tensors, config)
-    pairs = {
-        place: Pair(held["A"], held["B"], held.get("alpha")) for place, held in parts.items() if {"A", "B"} <= {*held}
-    }
-    halves = [_text(place) for place in parts if place not in pairs]
-    faults += [*_fault("lora.missing_half", "adapters lack A or B", halves), *_pair_faults(pairs, config)]
+    adapters, faults = _sort(tensors, config)
+    krons = {place: parts for place, parts in adapters.items() if kronecker.is_kronecker(parts)}
+    plain = {place: parts for place, parts in adapters.items() if place not in krons}
+    faults += [*_shape_faults(plain, krons, config), *_number_faults(adapters)]
     if faults:
         raise Damaged.of(msgspec.structs.replace(fault, where=where, fix=OTHER_FILE) for fault in faults)
-    scale = _adapter_scale(metadata, where)
-    by_module: dict[str, dict[int | None, Pair]] = defaultdict(dict)
-    for (module, third), pair in pairs.items():
-        by_module[module][third] = _scaled(pair, scale)
-    return _factors(by_module, config)
+    scale = adapter_scale(metadata, where, OTHER_FILE)
+    found = low_rank.factors(plain, config, scale) | kronecker.factors(krons)
+    order = list(linear_shapes(config))
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0].rpartition(".")[0])))
 
 
-def _sort(tensors: Mapping[str, mx.array], config: TransformerConfig) -> tuple[dict[Place, Parts], list[Fault]]:
+def _sort(tensors: Mapping[str, mx.array], config: TransformerConfig) -> tuple[Adapters, list[Fault]]:
     """Put every tensor in its place; list those that have none, or share one."""
     spellings = bfl.spellings(config) | diffusers.spellings(config) | kohya.spellings(config)
-    parts: dict[Place, Parts] = {}
+    parts: Adapters = {}
     whole: dict[str, bool] = {}
     unknown, twice = [], []
     for key, tensor in tensors.items():
@@ -91,81 +72,42 @@ def _sort(tensors: Mapping[str, mx.array], config: TransformerConfig) -> tuple[d
     ]
 
 
-def _pair_faults(pairs: Mapping[Place, Pair], config: TransformerConfig) -> Iterator[Fault]:
-    shapes = linear_shapes(config)
-    shape, dtype, unsound = [], [], []
-    for place, (a, b, alpha) in pairs.items():
-        rows, columns = shapes[place.module]
-        rank = a.shape[0] if a.ndim == 2 else 0
-        expected = ((rank, columns), (rows if place.third is None else rows // 3, rank))
-        if (a.shape, b.shape) != expected or rank == 0 or (alpha is not None and alpha.size != 1):
-            shape.append(f"{_text(place)} A {a.shape} B {b.shape}, expected A {expected[0]} B {expected[1]}")
-        elif a.dtype not in FLOATS or b.dtype not in FLOATS:
-            dtype.append(_text(place))
-        elif not all(mx.isfinite(part).all().item() for part in (a, b)):
-            unsound.append(_text(place))
-    yield from _fault("lora.shape", "adapters do not fit this model's linears", shape)
+def _number_faults(adapters: Adapters) -> Iterator[Fault]:
+    dtype = [str(place) for place, parts in adapters.items() if any(part.dtype not in FLOATS for part in _big(parts))]
+    sound = {place: parts for place, parts in adapters.items() if str(place) not in dtype}
+    unsound = [
+        str(place)
+        for place, parts in sound.items()
+        if not all(mx.isfinite(part).all().item() for part in parts.values())
+    ]
     yield from _fault("lora.dtype", "adapters are not float32, bfloat16 or float16", dtype)
     yield from _fault("lora.not_finite", "adapters hold infinite or undefined numbers", unsound)
 
 
-def _adapter_scale(metadata: Mapping[str, str], where: str) -> float:
-    """Return alpha / rank of peft's configuration where the file carries one, as diffusers applies it."""
-    if ADAPTER_METADATA not in metadata:
-        return 1.0
-    try:
-        fields = json.loads(metadata[ADAPTER_METADATA])
-        scale = fields["transformer.lora_alpha"] / fields["transformer.r"]
-        plain = not (fields.get("transformer.alpha_pattern") or fields.get("transformer.rank_pattern"))
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise Damaged(
-            "lora.metadata", f"{ADAPTER_METADATA} is unreadable", where=where, why=repr(error), fix=OTHER_FILE
-        ) from error
-    if fields.get("transformer.use_rslora") or fields.get("transformer.use_dora") or not plain:
-        what = "rsLoRA, DoRA and a scale of its own per module are not supported"
-        raise Damaged("lora.metadata", what, where=where, fix=OTHER_FILE)
-    return scale
+def _big(parts: Parts) -> list[mx.array]:
+    return [part for name, part in parts.items() if name != "alpha"]
 
 
-def _scaled(pair: Pair, scale: float) -> Pair:
-    a, b = pair.A.astype(mx.float32), pair.B.astype(mx.float32)
-    if pair.alpha is not None:
-        return Pair(a, b * (pair.alpha.astype(mx.float32).reshape(()) / a.shape[0]), None)
-    return Pair(a, b * scale, None)
+def _shape_faults(plain: Adapters, krons: Adapters, config: TransformerConfig) -> Iterator[Fault]:
+    halves = [str(place) for place, parts in chain(plain.items(), krons.items()) if not _complete(parts)]
+    whole = {place: parts for place, parts in plain.items() if _complete(parts)}
+    shapes = [
+        *low_rank.wrong_shapes(whole, config),
+        *kronecker.wrong_shapes({place: parts for place, parts in krons.items() if _complete(parts)}, config),
+    ]
+    yield from _fault("lora.missing_half", "adapters lack A or B, or a factor of their product", halves)
+    yield from _fault("lora.shape", "adapters do not fit this model's linears", shapes)
+    yield from _fault("lora.dora_part", "DoRAs cover only some of q, k and v", low_rank.partial_doras(whole))
+    thirds = [str(place) for place in krons if place.third is not None]
+    yield from _fault("lora.lokr_part", "LoKrs are on q, k or v alone, which no fused one equals", thirds)
 
 
-def _factors(by_module: Mapping[str, Mapping[int | None, Pair]], config: TransformerConfig) -> Factors:
-    factors: Factors = {}
-    for module, (rows, _) in linear_shapes(config).items():
-        if pairs := by_module.get(module):
-            a, b = pairs[None][:2] if None in pairs else _fuse(pairs, rows // 3)
-            factors[f"{module}.lora_A"], factors[f"{module}.lora_B"] = a, b
-    return factors
-
-
-def _fuse(pairs: Mapping[int | None, Pair], rows: int) -> tuple[mx.array, mx.array]:
-    """Make one adapter of those on q, k and v (some may be absent): B's rows below each other."""
-    first = next(iter(pairs.values()))
-    if len(pairs) == 3 and all(mx.array_equal(pair.A, first.A).item() for pair in pairs.values()):
-        return first.A, mx.concatenate([pairs[third].B for third in range(3)], axis=0)
-    ordered = sorted(pairs.items(), key=lambda item: item[0] or 0)
-    a = mx.concatenate([pair.A for _, pair in ordered], axis=0)
-    b = mx.zeros((3 * rows, a.shape[0]))
-    start = 0
-    for third, pair in ordered:
-        top, rank = (third or 0) * rows, pair.A.shape[0]
-        b[top : top + rows, start : start + rank] = pair.B
-        start += rank
-    return a, b
-
-
-def _text(place: Place) -> str:
-    return place.module if place.third is None else f"{place.module} {'qkv'[place.third]}"
+def _complete(parts: Parts) -> bool:
+    return kronecker.complete(parts) if kronecker.is_kronecker(parts) else low_rank.complete(parts)
 
 
 def _fault(code: str, what: str, found: Iterable[str]) -> Iterator[Fault]:
     """Yield one fault that counts and names what was found, or none."""
     names = list(found)
     if names:
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        yield Fault(code=code, what=f"{len(names)} {what}", why=", ".join(names[:NAMED]) + more)
+        yield Fault(code=code, what=f"{len(names)} {what}", why=named(names))

@@ -15,11 +15,12 @@ from peft.utils import get_peft_model_state_dict
 from stages.flux2.names import diffusers_modules
 from stages.flux2.variants import TransformerConfig
 from stages.lora.formats import bfl
-from stages.lora.targets import linear_shapes
+from stages.lora.targets import linear_shapes, resolve
 from tests.golden.recorders.transformer import CONFIG, HEIGHT, WIDTH, ids, inputs, tiny
 
 RANK, ALPHA = 4, 2.0
-LINEARS = linear_shapes(TransformerConfig(**CONFIG))
+MODEL = TransformerConfig(**CONFIG)
+LINEARS = {name: linear_shapes(MODEL)[name] for name in resolve(MODEL, "blocks")}
 
 
 def random_factors() -> dict[str, torch.Tensor]:
@@ -101,7 +102,8 @@ def record(out: Path) -> None:
     value = loss(model, given)
     value.backward()
     ours = {name: mx.array(factor.numpy()) for name, factor in factors.items()}
-    tensors = bfl.to_tensors(ours, scale=ALPHA / RANK, dtype=mx.float32)
+    scaled = {name: factor * (ALPHA / RANK if name.endswith("lora_B") else 1) for name, factor in ours.items()}
+    tensors = bfl.to_tensors(scaled, dtype=mx.float32)
     mx.save_safetensors(str(out / "lora-bfl.safetensors"), tensors, bfl.metadata(RANK, {}))
     adapter = model.peft_config["default"].to_dict()
     adapter["target_modules"] = sorted(adapter["target_modules"])  # a set there: another order in every process
