@@ -152,6 +152,13 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Read a table as any other program would."""
+    from pyarrow import parquet
+
+    return parquet.read_table(path).to_pylist()
+
+
 def listing(folder: Path, *leaving_out: str) -> Listing:
     """Return size and time of every file and folder below `folder`, but those `leaving_out`."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}

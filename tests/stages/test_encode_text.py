@@ -1,0 +1,81 @@
+"""encode-text: one embedding per distinct text, a role for each use, and what a changed tokenizer costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from schemas.tables import EMBEDDING_INDEX
+from stages.flux2.variants import MICRO
+from tests.stages.project import Project, rows, truncate
+
+
+def test_index_has_captions_the_empty_text_and_prompts(finished: Project) -> None:
+    index = rows(finished.run("encode-text").folder / "index.parquet")
+    assert set(index[0]) == set(EMBEDDING_INDEX.columns)
+    assert Counter(row["role"] for row in index) == {"caption": 4, "empty": 1, "prompt": 1}
+    assert {row["text"] for row in index if row["role"] != "caption"} == {"", "a red zorb"}
+    assert {row["length"] for row in index} == {MICRO.text_encoder.length}
+    assert {row["dtype"] for row in index} == {"bfloat16"}
+
+
+def test_parts_are_parquet_that_anyone_reads(finished: Project) -> None:
+    for row in rows(finished.run("encode-text").folder / "index.parquet"):
+        record = rows(finished.store / row["fragment"])[row["row"]]
+        assert list(record) == ["embedding_key", "data"]
+        assert record["embedding_key"] == row["embedding_key"]
+        assert len(record["data"]) == row["length"] * row["width"] * 2
+
+
+def test_same_caption_twice_is_encoded_once(project: Project) -> None:
+    for name in ("ada", "bob"):
+        (project.pictures / f"{name}.txt").write_text("one caption for both")
+    ran = project.make("validate", "encode-text")["encode-text"]
+    assert ran.counts == {"total": 5, "encoded": 1, "reused": 4}
+
+
+def test_prompt_that_is_a_caption_is_not_encoded_again(project: Project) -> None:
+    sets = ('preview.prompts=["a zorb called ada"]',)
+    ran = project.make("encode-text", sets=sets)["encode-text"]
+    assert ran.counts == {"total": 5, "encoded": 0, "reused": 5}
+
+
+def test_prompts_in_another_order_are_the_same_texts(project: Project) -> None:
+    project.make("encode-text", sets=('preview.prompts=["one", "two"]',))
+    ran = project.make("encode-text", sets=('preview.prompts=["two", "one", "two"]',))["encode-text"]
+    assert ran.status == "up to date"
+
+
+def test_another_type_is_encoded_anew(project: Project) -> None:
+    ran = project.make("encode-text", sets=("encode_text.dtype=float32",))["encode-text"]
+    assert ran.counts == {"total": 6, "encoded": 6, "reused": 0}
+
+
+def test_windows_line_ends_byte_order_mark_and_outer_spaces_change_no_text(project: Project) -> None:
+    path = project.pictures / "ada.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b" \r\n")
+    ran = project.make("validate", "encode-text")
+    assert (ran["validate"].status, ran["encode-text"].status) == ("built", "up to date")
+
+
+def test_changed_tokenizer_encodes_everything_anew(own_model: Project) -> None:
+    path = own_model.root / "model" / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    assert own_model.make("encode-text")["encode-text"].counts == {"total": 6, "encoded": 6, "reused": 0}
+
+
+def test_forced_run_gives_the_same_digest(project: Project) -> None:
+    before = project.run("encode-text")
+    forced = project.run("encode-text", "--force")
+    assert forced.counts == {"total": 6, "encoded": 6, "reused": 0}
+    assert forced.result["digest"] == before.result["digest"]
+
+
+def test_caption_longer_than_the_model_reads_is_cut_with_a_warning(project: Project) -> None:
+    (project.pictures / "ada.txt").write_text("word " * 400)
+    ran = project.make("validate", "encode-text")["encode-text"]
+    assert f"cut to {MICRO.text_encoder.length} tokens: zorb word word" in ran.stderr
+
+
+def test_damaged_text_encoder_is_refused(own_model: Project) -> None:
+    truncate(own_model.root / "model" / "text_encoder" / "model.safetensors")
+    assert own_model.run("encode-text").code == 4
