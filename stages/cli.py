@@ -38,6 +38,7 @@ STAGES = {
 HELPERS = {
     "run": "Pictures in, LoRA out: write the pipeline and run its six stages.",
     "fetch": "Bring a model's files from the Hugging Face hub.",
+    "timesteps": "Show which noise levels a configuration trains.",
     "bench": "Measure training steps on this machine, with random weights.",
 }
 TABLES = {
