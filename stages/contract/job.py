@@ -67,7 +67,12 @@ class Job:
     def dataset(self) -> Path:
         """The folder of pictures. Raises BadConfig when it does not exist."""
         folder = self.base / self.config.validate.dataset
-        if not folder.is_dir():
+        try:
+            there = folder.is_dir()
+        except OSError:
+            # A name too long for the file system names nothing.
+            there = False
+        if not there:
             raise BadConfig(
                 "dataset.absent",
                 "the dataset folder does not exist",

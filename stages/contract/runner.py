@@ -183,7 +183,11 @@ def _explain(stage: Stage, job: Job, plan: Plan, key: str) -> None:
     if receipt.key == key or folder is None:
         job.say("  nothing changed" if receipt.key == key else "  what it was made from before is gone")
         return
-    before = read_manifest(folder)
+    try:
+        before = read_manifest(folder)
+    except Damaged:
+        job.say("  what it was made from before is damaged")
+        return
     for line in differences(before.params, before.inputs, plan):
         job.say(f"  {line}")
 

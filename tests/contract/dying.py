@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-# Runs below the script: the process dies just before its n-th change or look at the file system.
+ROOT = Path(__file__).parents[2]
+# Runs above the script: the process dies just before its n-th change or look at the file system.
 HOOK = """
 import os, signal, sys
 def _die_at(last, events=("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock", "os.truncate")):
@@ -29,7 +31,7 @@ def deaths(script: str, arguments: Sequence[str], *, every: int = 1) -> Iterator
     moment = 1
     while True:
         command = [sys.executable, "-c", HOOK + script, str(moment), *arguments]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         if process.returncode == 0:
             return
         assert process.returncode == -signal.SIGKILL, process.stderr
