@@ -40,6 +40,15 @@ DATASET = Table(
     unique=("item_id",),
 )
 
+# How training draws the items; there only when some are not drawn once an epoch by themselves. `picture` is
+# the smallest item_id among the items that differ in their caption alone; a picture comes `times` times an epoch.
+DRAWS = Table(
+    name="draws.parquet",
+    stage="validate",
+    columns={"item_id": "string", "picture": "string", "times": "int32"},
+    unique=("item_id",),
+)
+
 # Each different caption once; `text` is what trains, after the trigger is in.
 CAPTIONS = Table(
     name="captions.parquet",

@@ -223,13 +223,15 @@ def _init_lora_digest(job: Job) -> dict[str, str]:
 
 def _data(job: Job) -> TrainingData:
     from schemas.tables import DATASET, EMBEDDING_INDEX, LATENT_INDEX
+    from stages.dataset.draws import read_draws
     from stages.stores.tables import read_table
-    from stages.training.data import TrainingData
+    from stages.training.data import Tables, TrainingData
 
-    items = read_table(upstream(job, "validate")[1] / "dataset.parquet", DATASET)
+    manifest, folder = upstream(job, "validate")
+    items = read_table(folder / "dataset.parquet", DATASET)
     latents = read_table(upstream(job, "encode-latents")[1] / "index.parquet", LATENT_INDEX)
     embeddings = read_table(upstream(job, "encode-text")[1] / "index.parquet", EMBEDDING_INDEX)
-    return TrainingData(job.stores, items, latents, embeddings)
+    return TrainingData(job.stores, Tables(items, read_draws(manifest, folder, items), latents, embeddings))
 
 
 STAGE = Train()

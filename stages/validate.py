@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,8 +18,9 @@ from stages.dataset.pixels import PLAN_VERSION
 from stages.dataset.statistics import Spread, Statistics
 from stages.flux2.identity import text_length
 
-DATASET = "dataset.parquet"
-CAPTIONS = "captions.parquet"
+if TYPE_CHECKING:
+    from stages.dataset.items import Dataset
+
 REPORT = "report.json"
 
 
@@ -40,11 +42,9 @@ class Validate:
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Decode everything once; publish nothing when anything is wrong, unless `skip_bad`."""
-        from schemas import tables
         from stages.console.messages import table
         from stages.console.progress import progress
         from stages.dataset.items import build_items
-        from stages.stores.tables import write_table
 
         with progress(self.name, total=None, quiet=job.flags.quiet) as bar:
             dataset = build_items(job.dataset, job.config.validate, plan.params["text_length"], bar.reach)
@@ -68,19 +68,12 @@ class Validate:
         for finding in findings:
             job.warn(finding.what if finding.code == "dataset.warning" else f"left out: {finding.line()}")
         table("Dataset", ("", ""), _shown(dataset.statistics))
-        names = tables.DATASET.columns
-        rows = [
-            {name: value for name, value in msgspec.structs.asdict(item).items() if name in names}
-            for item in dataset.items
-        ]
-        write_table(work / DATASET, tables.DATASET, [{**row, "crop": list(row["crop"])} for row in rows])
-        texts = sorted(dataset.captions.items())
-        write_table(work / CAPTIONS, tables.CAPTIONS, [{"caption_id": name, "text": text} for name, text in texts])
+        _write_tables(work, dataset)
         report = {"findings": findings, "statistics": dataset.statistics}
         (work / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
         statistics = dataset.statistics
         counts = {"images": statistics.images, "accepted": statistics.accepted, "rejected": statistics.rejected}
-        return Built(_roles(rows, texts), {**counts, "warnings": len(dataset.warnings), "items": len(rows)})
+        return Built(_roles(dataset), {**counts, "warnings": len(dataset.warnings), "items": len(dataset.items)})
 
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """The pictures are what they were."""
@@ -120,13 +113,32 @@ def _digests(job: Job, paths: list[str]) -> list[str]:
         return [f"unread {path}" for path in paths]
 
 
-def _roles(rows: list[dict[str, object]], texts: list[tuple[str, str]]) -> dict[str, str]:
+def _write_tables(work: Path, dataset: Dataset) -> None:
+    from schemas.tables import CAPTIONS, DATASET, DRAWS
+    from stages.stores.tables import write_table
+
+    rows = [msgspec.structs.asdict(item) for item in dataset.items]
+    items = [{name: row[name] for name in DATASET.columns} for row in rows]
+    write_table(work / DATASET.name, DATASET, [{**row, "crop": list(row["crop"])} for row in items])
+    texts = [{"caption_id": name, "text": text} for name, text in dataset.captions.items()]
+    write_table(work / CAPTIONS.name, CAPTIONS, texts)
+    if not _plain(dataset):
+        write_table(work / DRAWS.name, DRAWS, [msgspec.structs.asdict(item.draw) for item in dataset.items])
+
+
+def _plain(dataset: Dataset) -> bool:
+    return all(item.draw.plain for item in dataset.items)
+
+
+def _roles(dataset: Dataset) -> dict[str, str]:
     """Digest what each later stage reads: never a path."""
     pictures = ("item_id", "image_sha256", "bucket_width", "bucket_height", "crop", "background")
+    items = [[item.item_id, item.caption_id] for item in dataset.items]
+    drawn = [] if _plain(dataset) else [[item.draw.picture, item.draw.times] for item in dataset.items]
     return {
-        "pictures": digest_of("pictures", [[row[name] for name in pictures] for row in rows]),
-        "captions": digest_of("captions", texts),
-        "items": digest_of("items", [[row["item_id"], row["caption_id"]] for row in rows]),
+        "pictures": digest_of("pictures", [[getattr(item, name) for name in pictures] for item in dataset.items]),
+        "captions": digest_of("captions", list(dataset.captions.items())),
+        "items": digest_of("items", items if not drawn else [items, drawn]),
     }
 
 

@@ -1,7 +1,8 @@
-"""Captions: where each picture's one caption comes from, how its bytes become text, and what the trigger does to it.
+"""Captions: where each picture's captions come from, how bytes become text, and what the trigger does to it.
 
 Text is strict UTF-8; a leading byte-order mark is dropped, CRLF becomes LF, the ends are stripped, and nothing else
-is changed: no Unicode normalisation, no placeholders but `[trigger]`.
+is changed: no Unicode normalisation, no placeholders but `[trigger]`. A picture has one source of captions; a list in
+JSON holds several, and so does a text of several lines where asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,14 +22,15 @@ from stages.dataset.discover import TABLES, Discovery, stem_of
 from stages.dataset.metadata import decode_line, read_rows
 
 MAX_CAPTION_BYTES = 64 << 10
+MOST_CAPTIONS = 256
 TRIGGER = "[trigger]"
 
 
 @dataclass
 class Captions:
-    """`texts` maps a picture to its caption as written, before the trigger; a picture with a fault is not in it."""
+    """`texts` maps a picture to its captions as written, before the trigger; one with a fault is not in it."""
 
-    texts: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -35,11 +38,14 @@ class Captions:
 @dataclass(frozen=True)
 class _Source:
     where: str
-    text: str | Fault
+    texts: tuple[str, ...] | Fault
 
 
-def read_captions(folder: Path, found: Discovery, *, allow_empty: bool) -> Captions:
-    """Return the caption of every picture in `found`, and the fault of every picture that has not exactly one."""
+def read_captions(folder: Path, found: Discovery, *, allow_empty: bool, lines: bool = False) -> Captions:
+    """Return the captions of every picture in `found`, and the fault of every picture without exactly one source.
+
+    With `lines` each line that is not blank is a caption of its own.
+    """
     captions = Captions()
     sources: dict[str, list[_Source]] = defaultdict(list)
     shared = _read_sidecars(folder, found, sources, captions)
@@ -47,7 +53,7 @@ def read_captions(folder: Path, found: Discovery, *, allow_empty: bool) -> Capti
     for picture in found.pictures:
         if picture in shared and not sources[picture]:
             continue
-        outcome = _settle(picture, sources[picture], allow_empty=allow_empty)
+        outcome = _settle(picture, sources[picture], allow_empty=allow_empty, lines=lines)
         if isinstance(outcome, Fault):
             captions.faults.append(outcome)
         else:
@@ -67,11 +73,14 @@ def with_trigger(text: str, trigger: str) -> str:
     """Return a caption that holds the trigger: `[trigger]` replaced, else kept as a word, else put in front."""
     if not trigger:
         return text
-    if TRIGGER in text:
+    if holds_trigger(text, trigger):
         return text.replace(TRIGGER, trigger)
-    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
-        return text
     return f"{trigger} {text}".strip()
+
+
+def holds_trigger(text: str, trigger: str) -> bool:
+    """Return whether a caption as written holds `[trigger]`, or the trigger as a word."""
+    return TRIGGER in text or bool(trigger and re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text))
 
 
 def prompt_with_trigger(text: str, trigger: str) -> str:
@@ -136,12 +145,12 @@ def _sidecar_source(folder: Path, sidecar: str) -> _Source | None:
         with (folder / sidecar).open("rb") as file:
             data = file.read(MAX_CAPTION_BYTES + len(codecs.BOM_UTF8) + 1)
         if not sidecar.lower().endswith(".json"):
-            return _Source(sidecar, decode_text(data, sidecar))
+            return _Source(sidecar, (decode_text(data, sidecar),))
         fields = decode_line(data.removeprefix(codecs.BOM_UTF8), sidecar).captions()
         if len(fields) > 1:
             why = f"found {', '.join(fields)}"
             raise _rejected("caption.ambiguous", "expected one of text, caption, prompt", sidecar, why)
-        return _Source(sidecar, tidy(next(iter(fields.values())), sidecar)) if fields else None
+        return _source(sidecar, next(iter(fields.values()))) if fields else None
     except RejectedInput as error:
         return _Source(sidecar, error.faults[0])
     except OSError as error:
@@ -163,19 +172,19 @@ def _read_tables(folder: Path, found: Discovery, sources: dict[str, list[_Source
                 continue
             name = unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(base, row.file_name)))
             if name in by_name:
-                sources[by_name[name]].append(_row_source(row.where, row.text))
+                sources[by_name[name]].append(_source(row.where, row.texts))
             elif name not in refused:
                 captions.faults.append(_unknown_fault(row.where, row.file_name))
 
 
-def _row_source(where: str, text: str) -> _Source:
+def _source(where: str, texts: Sequence[str]) -> _Source:
     try:
-        return _Source(where, tidy(text, where))
+        return _Source(where, tuple(tidy(text, where) for text in texts))
     except RejectedInput as error:
         return _Source(where, error.faults[0])
 
 
-def _settle(picture: str, sources: list[_Source], *, allow_empty: bool) -> str | Fault:
+def _settle(picture: str, sources: list[_Source], *, allow_empty: bool, lines: bool) -> tuple[str, ...] | Fault:
     if len(sources) > 1:
         return Fault(
             code="caption.ambiguous",
@@ -184,12 +193,17 @@ def _settle(picture: str, sources: list[_Source], *, allow_empty: bool) -> str |
             why=f"in {' and '.join(source.where for source in sources)}",
             fix="keep one of them",
         )
-    if sources and isinstance(sources[0].text, Fault):
-        return sources[0].text
-    if sources and sources[0].text:
-        return str(sources[0].text)
+    texts = sources[0].texts if sources else ()
+    if isinstance(texts, Fault):
+        return texts
+    parts = [part for text in texts for part in (text.split("\n") if lines else [text])]
+    captions = tuple(dict.fromkeys(stripped for part in parts if (stripped := part.strip())))
+    if len(captions) > MOST_CAPTIONS:
+        return _many_fault(sources[0].where, len(captions))
+    if captions:
+        return captions
     if allow_empty:
-        return ""
+        return ("",)
     beside = f"{picture.rpartition('.')[0]}.txt"
     fix = f"write a caption into {beside}, or set validate.allow_empty_captions = true"
     if sources:
@@ -208,6 +222,16 @@ def _shared_fault(sidecar: str, pictures: list[str]) -> Fault:
         where=sidecar,
         why=" and ".join(pictures),
         fix="rename the pictures and give each its own caption",
+    )
+
+
+def _many_fault(where: str, count: int) -> Fault:
+    return Fault(
+        code="caption.too_many",
+        what="the picture has too many captions",
+        where=where,
+        why=f"expected at most {MOST_CAPTIONS}, found {count}",
+        fix="leave out some of them",
     )
 
 

@@ -1,4 +1,4 @@
-"""From a folder to training items: one for each picture, resolution and caption, keyed by content and never by name.
+"""From a folder to training items: one per picture, resolution and caption variant, keyed by content, never by name.
 
 Every picture and caption is looked at even when some are bad, so one run lists all faults; the good ones come back
 whole, and the caller decides what a fault means.
@@ -11,17 +11,21 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from schemas.base import Strict
-from schemas.errors import Fault, RejectedInput, printable
-from schemas.validate import Validate
+from schemas.errors import BadConfig, Fault, RejectedInput, printable
+from schemas.validate import Repeat, Validate
 from stages.contract.digests import digest_of
-from stages.dataset.buckets import choose, fills, shape_fault
+from stages.dataset.buckets import Bucket, choose, fills, shape_fault
 from stages.dataset.captions import TRIGGER, Captions, caption_id, read_captions, with_trigger
 from stages.dataset.discover import Discovery, discover
+from stages.dataset.draws import Draw
 from stages.dataset.pixels import Inspected, inspect, plan
 from stages.dataset.statistics import Statistics, histogram, spread
+from stages.dataset.tags import tag_variants
 
 # Pictures handed to the threads at a time: bounds memory and how long Ctrl-C waits.
 WINDOW = 256
@@ -29,7 +33,10 @@ MAX_THREADS = 4
 
 
 class Item(Strict, frozen=True):
-    """One row of the dataset table. `background` is "" for an opaque picture; `ordinal` counts exact duplicates."""
+    """One row of the dataset table and how it is drawn.
+
+    `background` is "" for an opaque picture; `ordinal` counts exact duplicates.
+    """
 
     item_id: str
     path: str
@@ -42,6 +49,17 @@ class Item(Strict, frozen=True):
     caption_id: str
     background: str
     ordinal: int
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A good picture: its caption variants after the trigger, and how often it comes."""
+
+    path: str
+    seen: Inspected
+    texts: tuple[str, ...]
+    times: int
 
 
 class Dataset(Strict, frozen=True):
@@ -58,10 +76,12 @@ def build_items(folder: Path, config: Validate, text_length: int, on_progress: C
     """Return the items of a folder and all its faults.
 
     `text_length` is the model's number of text tokens (a tie-break between buckets); `on_progress(done, total)` is
-    called from this thread. Raises BadConfig when the folder does not exist.
+    called from this thread. Raises BadConfig when the folder does not exist, or a pattern of repeats matches nothing.
     """
     found = discover(folder)
-    captions = read_captions(folder, found, allow_empty=config.allow_empty_captions)
+    times = _times(found.pictures, config.repeats)
+    lines = config.captions == "lines"
+    captions = read_captions(folder, found, allow_empty=config.allow_empty_captions, lines=lines)
     faults = [*found.faults, *captions.faults]
     if not found.pictures and not found.refused:
         faults.append(_empty_fault(found))
@@ -72,16 +92,16 @@ def build_items(folder: Path, config: Validate, text_length: int, on_progress: C
             good[picture] = outcome
         elif fault is not None:
             faults.append(fault)
-    texts, trigger_faults = _triggered(captions, config.trigger)
-    accepted = {picture: seen for picture, seen in good.items() if picture in texts}
-    items = _items_of(accepted, texts, config, text_length)
+    texts, trigger_faults = _triggered(captions, config)
+    accepted = [_Picture(path, seen, texts[path], times[path]) for path, seen in good.items() if path in texts]
+    items = _items_of(accepted, config, text_length)
     return Dataset(
         items=items,
-        captions=dict(sorted((caption_id(texts[picture]), texts[picture]) for picture in accepted)),
+        captions=dict(sorted((caption_id(text), text) for picture in accepted for text in picture.texts)),
         faults=sorted([*faults, *trigger_faults], key=lambda fault: (fault.where, fault.code)),
         # File names go to a terminal from here.
-        warnings=[printable(line) for line in [*captions.warnings, *_warnings(accepted, texts, config)]],
-        statistics=_measure(found, accepted, texts, items, config),
+        warnings=[printable(line) for line in [*captions.warnings, *_warnings(accepted, config)]],
+        statistics=_measure(found, accepted, items, config),
     )
 
 
@@ -105,11 +125,32 @@ def _look_at_all(
                 on_progress(done, len(pictures))
 
 
-def _triggered(captions: Captions, trigger: str) -> tuple[dict[str, str], list[Fault]]:
-    texts: dict[str, str] = {}
+def _times(pictures: Sequence[str], repeats: Sequence[Repeat]) -> dict[str, int]:
+    """Return how often each picture comes. Raises BadConfig for patterns that match none."""
+    idle = [each.pattern for each in repeats if not any(fnmatchcase(name, each.pattern) for name in pictures)]
+    if idle:
+        raise BadConfig.of(
+            Fault(
+                code="dataset.repeats",
+                what="a pattern of validate.repeats matches no picture",
+                where=pattern,
+                fix="write paths relative to the dataset, such as *.png or faces/*",
+            )
+            for pattern in idle
+        )
+    times = dict.fromkeys(pictures, 1)
+    for each in repeats:
+        times |= {name: each.times for name in pictures if fnmatchcase(name, each.pattern)}
+    return times
+
+
+def _triggered(captions: Captions, config: Validate) -> tuple[dict[str, tuple[str, ...]], list[Fault]]:
+    """Return the caption variants that train, and a fault for each picture whose captions lack a trigger."""
+    trigger = config.trigger
+    texts: dict[str, tuple[str, ...]] = {}
     faults: list[Fault] = []
-    for picture, text in captions.texts.items():
-        if TRIGGER in text and not trigger:
+    for picture, written in captions.texts.items():
+        if not trigger and any(TRIGGER in text for text in written):
             faults.append(
                 Fault(
                     code="caption.no_trigger",
@@ -119,56 +160,70 @@ def _triggered(captions: Captions, trigger: str) -> tuple[dict[str, str], list[F
                 )
             )
         else:
-            texts[picture] = with_trigger(text, trigger)
+            variants = [
+                tag_variants(text, config.tags, trigger) if config.tags is not None else (text,) for text in written
+            ]
+            texts[picture] = tuple(dict.fromkeys(with_trigger(text, trigger) for each in variants for text in each))
     return texts, faults
 
 
-def _items_of(
-    accepted: dict[str, Inspected], texts: dict[str, str], config: Validate, text_length: int
-) -> list[Item]:
-    seen: Counter[str] = Counter()
+def _items_of(accepted: Sequence[_Picture], config: Validate, text_length: int) -> list[Item]:
+    ordinals: Counter[str] = Counter()
     items: list[Item] = []
-    for path, picture in accepted.items():
-        caption = caption_id(texts[path])
-        background = config.background.lower() if picture.transparent else ""
+    for picture in accepted:
+        seen = picture.seen
         for bucket in choose(
-            picture.width, picture.height, config.resolutions, upscale=config.upscale, text_length=text_length
+            seen.width, seen.height, config.resolutions, upscale=config.upscale, text_length=text_length
         ):
-            content = [picture.image_sha256, plan(bucket.crop, (bucket.width, bucket.height), background), caption]
-            ordinal = seen[digest := digest_of("item", content)]
-            seen[digest] += 1
-            items.append(
-                Item(
-                    item_id=digest_of("item", [*content, ordinal])[:32],
-                    path=path,
-                    image_sha256=picture.image_sha256,
-                    width=picture.width,
-                    height=picture.height,
-                    bucket_width=bucket.width,
-                    bucket_height=bucket.height,
-                    crop=bucket.crop,
-                    caption_id=caption,
-                    background=background,
-                    ordinal=ordinal,
-                )
-            )
+            items += _variants_of(picture, bucket, config, ordinals)
     return sorted(items, key=lambda item: item.item_id)
 
 
-def _warnings(accepted: dict[str, Inspected], texts: dict[str, str], config: Validate) -> list[str]:
+def _variants_of(picture: _Picture, bucket: Bucket, config: Validate, ordinals: Counter[str]) -> list[Item]:
+    """Return the items of a picture in one bucket, one for each caption variant; `ordinals` counts duplicates."""
+    seen = picture.seen
+    background = config.background.lower() if seen.transparent else ""
+    steps = plan(bucket.crop, (bucket.width, bucket.height), background)
+    named: list[tuple[str, str, int]] = []
+    for caption in map(caption_id, picture.texts):
+        content = [seen.image_sha256, steps, caption]
+        ordinal = ordinals[digest := digest_of("item", content)]
+        ordinals[digest] += 1
+        named.append((digest_of("item", [*content, ordinal])[:32], caption, ordinal))
+    first = min(item_id for item_id, _, _ in named)
+    return [
+        Item(
+            item_id=item_id,
+            path=picture.path,
+            image_sha256=seen.image_sha256,
+            width=seen.width,
+            height=seen.height,
+            bucket_width=bucket.width,
+            bucket_height=bucket.height,
+            crop=bucket.crop,
+            caption_id=caption,
+            background=background,
+            ordinal=ordinal,
+            draw=Draw(item_id=item_id, picture=first, times=picture.times),
+        )
+        for item_id, caption, ordinal in named
+    ]
+
+
+def _warnings(accepted: Sequence[_Picture], config: Validate) -> list[str]:
     lines: list[str] = []
     noted: dict[str, list[str]] = defaultdict(list)
-    twins: dict[str, list[str]] = defaultdict(list)
-    for path, picture in accepted.items():
-        twins[picture.image_sha256].append(path)
-        for note in picture.notes:
-            noted[note].append(path)
-        if not config.upscale and not _filled(picture, config):
-            noted["is smaller than every resolution and trains at its own size"].append(path)
-    for paths in twins.values():
-        if len(paths) > 1:
-            same = len({texts[path] for path in paths}) == 1
-            lines.append(f"{' and '.join(paths)} are the same picture{'' if same else ' with different captions'}")
+    twins: dict[str, list[_Picture]] = defaultdict(list)
+    for picture in accepted:
+        twins[picture.seen.image_sha256].append(picture)
+        for note in picture.seen.notes:
+            noted[note].append(picture.path)
+        if not config.upscale and not _filled(picture.seen, config):
+            noted["is smaller than every resolution and trains at its own size"].append(picture.path)
+    for same in twins.values():
+        if len(same) > 1:
+            other = "" if len({picture.texts for picture in same}) == 1 else " with different captions"
+            lines.append(f"{' and '.join(picture.path for picture in same)} are the same picture{other}")
     for note, paths in noted.items():
         others = "" if len(paths) == 1 else f" (and {len(paths) - 1} more)"
         lines.append(f"{paths[0]}{others} {note}")
@@ -179,11 +234,10 @@ def _filled(picture: Inspected, config: Validate) -> list[int]:
     return [size for size in config.resolutions if fills(picture.width, picture.height, size)]
 
 
-def _measure(
-    found: Discovery, accepted: dict[str, Inspected], texts: dict[str, str], items: list[Item], config: Validate
-) -> Statistics:
-    filled = [len(_filled(picture, config)) for picture in accepted.values()]
-    captions = {texts[path] for path in accepted}
+def _measure(found: Discovery, accepted: Sequence[_Picture], items: Sequence[Item], config: Validate) -> Statistics:
+    pictures = [picture.seen for picture in accepted]
+    texts = [text for picture in accepted for text in picture.texts]
+    filled = [len(_filled(picture, config)) for picture in pictures]
     images = len(found.pictures) + len(found.refused)
     return Statistics(
         images=images,
@@ -191,17 +245,17 @@ def _measure(
         rejected=images - len(accepted),
         ignored_files=found.ignored,
         items=len(items),
-        captions=len(captions),
-        caption_characters=spread(len(texts[path]) for path in accepted),
-        caption_words=spread(len(texts[path].split()) for path in accepted),
-        widths_px=spread(picture.width for picture in accepted.values()),
-        heights_px=spread(picture.height for picture in accepted.values()),
-        megapixels_total=round(sum(picture.width * picture.height for picture in accepted.values()) / 1e6, 3),
+        captions=len(set(texts)),
+        caption_characters=spread(len(text) for text in texts),
+        caption_words=spread(len(text.split()) for text in texts),
+        widths_px=spread(picture.width for picture in pictures),
+        heights_px=spread(picture.height for picture in pictures),
+        megapixels_total=round(sum(picture.width * picture.height for picture in pictures) / 1e6, 3),
         buckets=histogram([(item.bucket_width, item.bucket_height) for item in items]),
         small=sum(count < len(config.resolutions) for count in filled),
         own_size=sum(count == 0 for count in filled) if not config.upscale else 0,
-        transparent=sum(picture.transparent for picture in accepted.values()),
-        duplicates=len(accepted) - len({picture.image_sha256 for picture in accepted.values()}),
+        transparent=sum(picture.transparent for picture in pictures),
+        duplicates=len(pictures) - len({picture.image_sha256 for picture in pictures}),
     )
 
 

@@ -1,7 +1,8 @@
 """Caption tables: `metadata.jsonl`, `metadata.csv` and `metadata.parquet` (or `captions.*`), one row per picture.
 
 A row names its picture in `file_name`, relative to the table's folder, and carries its caption in one of `text`,
-`caption` or `prompt`; other columns are left alone. Every bad row is a fault of its own.
+`caption` or `prompt`, in JSON also a list of captions; other columns are left alone. Every bad row is a fault of its
+own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,23 +28,25 @@ class Line(msgspec.Struct):
     """One line of a JSON table, or a JSON sidecar without `file_name`; columns it does not name are ignored."""
 
     file_name: str | None = None
-    text: str | None = None
-    caption: str | None = None
-    prompt: str | None = None
+    text: str | tuple[str, ...] | None = None
+    caption: str | tuple[str, ...] | None = None
+    prompt: str | tuple[str, ...] | None = None
 
-    def captions(self) -> dict[str, str]:
+    def captions(self) -> dict[str, tuple[str, ...]]:
         """Return the caption columns that are present."""
         columns = zip(CAPTION_COLUMNS, (self.text, self.caption, self.prompt), strict=True)
-        return {column: value for column, value in columns if value is not None}
+        return {
+            column: (value,) if isinstance(value, str) else value for column, value in columns if value is not None
+        }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A picture's name as the table spells it and its caption as it stands there."""
+    """A picture's name as the table spells it and its captions as they stand there."""
 
     where: str
     file_name: str
-    text: str
+    texts: tuple[str, ...]
 
 
 def read_rows(path: Path, where: str) -> Iterator[Row | Fault]:
@@ -118,7 +121,7 @@ def _csv_rows(data: bytes, where: str) -> Iterator[Row | Fault]:
                 yield _fault(here, "table.columns", "wrong number of columns", f"{len(header)}, found {len(cells)}")
             else:
                 named = dict(zip(header, cells, strict=True))
-                present = {column: named[column] for column in CAPTION_COLUMNS if column in named}
+                present = {column: (named[column],) for column in CAPTION_COLUMNS if column in named}
                 yield _row(here, named[PICTURE_COLUMN], present)
     except csv.Error as error:
         yield _fault(f"{where} line {reader.line_num}", "table.not_csv", "not valid CSV", str(error))
@@ -133,10 +136,11 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row | Fault]:
         yield msgspec.structs.replace(error.faults[0], where=where)
         return
     for number, cells in enumerate(rows, 1):
-        yield _row(f"{where} row {number}", cells.pop(PICTURE_COLUMN, None), cells)
+        named = cells.pop(PICTURE_COLUMN, None)
+        yield _row(f"{where} row {number}", named, {column: (text,) for column, text in cells.items()})
 
 
-def _row(where: str, file_name: str | None, captions: dict[str, str]) -> Row | Fault:
+def _row(where: str, file_name: str | None, captions: Mapping[str, tuple[str, ...]]) -> Row | Fault:
     if not file_name:
         return _fault(where, "table.columns", "the row names no picture", f"expected {PICTURE_COLUMN}")
     if len(captions) != 1:

@@ -1,7 +1,12 @@
-"""What training reads: latents and embeddings by item, handed over as numpy by one thread that reads ahead."""
+"""What training reads: latents and embeddings by visit, handed over as numpy by one thread that reads ahead.
+
+A picture that comes several times an epoch has a visit for each, with draws of its own; its name is the picture's
+item_id, from the second time on with a number behind it.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from schemas.errors import Damaged
+from stages.dataset.draws import Draw
 from stages.stores.embeddings import EmbeddingReader, EmbeddingRow
 from stages.stores.latents import LatentReader, LatentRow
 
@@ -19,39 +25,60 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a batch: whether mirrored, and whether its caption is dropped for the empty one."""
+    """One picture of a batch: whether mirrored, and whether its caption is dropped for the empty one.
 
-    item_id: str
+    `caption` in 0..1 picks among the variants of its caption.
+    """
+
+    visit: str
     flip: bool
     dropped: bool
+    caption: float = 0.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in one size: the item its latent is listed under, the ids of its captions, visits in an epoch."""
+
+    item_id: str
+    captions: tuple[str, ...]
+    times: int
+
+    def visits(self) -> list[str]:
+        """Return the names of its visits."""
+        return [self.item_id, *(f"{self.item_id}*{number}" for number in range(1, self.times))]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B, C, h, w] float32 of one bucket, and embeddings [B, L, J] float32, with the items they belong to.
+    """Latents [B, C, h, w] float32 of one bucket, and embeddings [B, L, J] float32, a row per picture.
 
     `class_text` [B, L, J] embeds the captions with the class word in the trigger's place, where asked for.
     """
 
-    item_ids: tuple[str, ...]
     latents: np.ndarray
     text: np.ndarray
     class_text: np.ndarray | None = None
 
 
-class TrainingData:
-    """The latents and embeddings of every item, from the two encoders' indexes."""
+@dataclass(frozen=True)
+class Tables:
+    """The rows of dataset.parquet, how each item is drawn, and the rows of both encoders' index.parquet."""
 
-    def __init__(
-        self,
-        stores: Sequence[Path],
-        items: Sequence[Mapping[str, Any]],
-        latents: Sequence[Mapping[str, Any]],
-        embeddings: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Take the rows of dataset.parquet and of both index.parquet."""
+    items: Sequence[Mapping[str, Any]]
+    draws: Mapping[str, Draw]
+    latents: Sequence[Mapping[str, Any]]
+    embeddings: Sequence[Mapping[str, Any]]
+
+
+class TrainingData:
+    """The latents and embeddings of every picture in every size."""
+
+    def __init__(self, stores: Sequence[Path], tables: Tables) -> None:
+        self._pictures = pictures(tables.items, tables.draws)
+        self._visits = {name: each for each in self._pictures for name in each.visits()}
+        latents, embeddings = tables.latents, tables.embeddings
         self._latents = {(row["item_id"], row["flip"]): latent_row(row) for row in latents}
-        self._captions = {row["item_id"]: row["caption_id"] for row in items}
         self._texts = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "caption"}
         self._classes = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "class"}
         self._empty = next(embedding_row(row) for row in embeddings if row["role"] == "empty")
@@ -60,8 +87,9 @@ class TrainingData:
 
     @property
     def buckets(self) -> list[tuple[str, tuple[int, int]]]:
-        """Return (item_id, (h, w) of its latent) of every item."""
-        return [(item, (row.height, row.width)) for (item, flip), row in self._latents.items() if not flip]
+        """Return (visit, (h, w) of its latent) of every visit of an epoch."""
+        shapes = {item: (row.height, row.width) for (item, _), row in self._latents.items()}
+        return [(name, shapes[each.item_id]) for name, each in self._visits.items()]
 
     @property
     def flips(self) -> bool:
@@ -76,27 +104,40 @@ class TrainingData:
         latents = [self._latent(sample) for sample in samples]
         text = [self._text(sample) for sample in samples]
         class_text = np.stack([self._class_text(sample) for sample in samples]) if classes else None
-        return Batch(tuple(sample.item_id for sample in samples), np.stack(latents), np.stack(text), class_text)
+        return Batch(np.stack(latents), np.stack(text), class_text)
 
     def _latent(self, sample: Sample) -> np.ndarray:
-        row = self._latents[sample.item_id, sample.flip]
+        item_id = self._visits[sample.visit].item_id
+        row = self._latents[item_id, sample.flip]
         latent = widened(self._latent_reader.read(row), row.dtype)
         if not np.isfinite(latent).all():
             raise Damaged(
                 "latents.not_finite",
                 "a stored latent is not finite",
-                where=f"item {sample.item_id}",
+                where=f"item {item_id}",
                 fix="flux2-lora encode-latents --config ... --force",
             )
         return latent
 
     def _text(self, sample: Sample) -> np.ndarray:
-        row = self._empty if sample.dropped else self._texts[self._captions[sample.item_id]]
+        row = self._empty if sample.dropped else self._texts[self._caption(sample)]
         return widened(self._embedding_reader.read(row), row.dtype)
 
     def _class_text(self, sample: Sample) -> np.ndarray:
-        row = self._classes[self._captions[sample.item_id]]
+        row = self._classes[self._caption(sample)]
         return widened(self._embedding_reader.read(row), row.dtype)
+
+    def _caption(self, sample: Sample) -> str:
+        captions = self._visits[sample.visit].captions
+        return captions[int(sample.caption * len(captions))]
+
+
+def pictures(items: Sequence[Mapping[str, Any]], draws: Mapping[str, Draw]) -> list[Picture]:
+    """Return every picture in every size, its caption variants gathered."""
+    captions: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        captions[draws[item["item_id"]].picture].append(item["caption_id"])
+    return [Picture(name, tuple(sorted(each)), draws[name].times) for name, each in captions.items()]
 
 
 def latent_row(row: Mapping[str, Any]) -> LatentRow:

@@ -95,7 +95,8 @@ class Loop:
     def _samples(self, ids: Sequence[str], names: Sequence[str], step: int) -> list[Sample]:
         drop = dropped(self.seed, step, names, self.settings.caption_dropout)
         flip = [self.data.flips and uniform(self.seed, step, name, "flip") < 0.5 for name in names]
-        return [Sample(*each) for each in zip(ids, flip, drop, strict=True)]
+        caption = [uniform(self.seed, step, name, "caption") for name in names]
+        return [Sample(*each) for each in zip(ids, flip, drop, caption, strict=True)]
 
     def _prepared(self, window: Window, step: int) -> list[objective.Batch]:
         first = step * len(window.batches)

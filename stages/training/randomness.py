@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from stages.contract.digests import digest_of
 
-Purpose = Literal["noise", "noise_offset", "timestep", "stratum", "dropout", "flip"]
+Purpose = Literal["noise", "noise_offset", "timestep", "stratum", "dropout", "flip", "caption"]
 
 
 def integer(seed: int, step: int, item_id: str, purpose: Purpose) -> int:

@@ -7,6 +7,7 @@ import pytest
 from schemas.errors import RejectedInput
 from stages.dataset.captions import (
     MAX_CAPTION_BYTES,
+    MOST_CAPTIONS,
     Captions,
     caption_id,
     decode_text,
@@ -19,8 +20,8 @@ from stages.dataset.discover import discover
 from tests.dataset.corpus import write
 
 
-def read(folder: Path, *, allow_empty: bool = False) -> Captions:
-    return read_captions(folder, discover(folder), allow_empty=allow_empty)
+def read(folder: Path, *, allow_empty: bool = False, lines: bool = False) -> Captions:
+    return read_captions(folder, discover(folder), allow_empty=allow_empty, lines=lines)
 
 
 def faults(folder: Path) -> list[tuple[str, str]]:
@@ -38,7 +39,7 @@ def test_sidecars_of_all_three_kinds_are_read(tmp_path: Path) -> None:
         tmp_path,
         {"a.png": "", "a.txt": "one", "b.jpg": "", "b.CAPTION": "two", "c.webp": "", "c.json": '{"prompt": "three"}'},
     )
-    assert read(tmp_path).texts == {"a.png": "one", "b.jpg": "two", "c.webp": "three"}
+    assert read(tmp_path).texts == {"a.png": ("one",), "b.jpg": ("two",), "c.webp": ("three",)}
 
 
 def test_byte_order_mark_crlf_and_ends_go_and_nothing_else_changes() -> None:
@@ -65,7 +66,7 @@ def test_missing_empty_and_blank_captions_are_faults_unless_allowed(tmp_path: Pa
     write(tmp_path, {"a.png": "", "b.png": "", "b.txt": "", "c.png": "", "c.txt": " \r\n\t"})
     assert faults(tmp_path) == [("caption.missing", "a.png"), ("caption.empty", "b.txt"), ("caption.empty", "c.txt")]
     allowed = read(tmp_path, allow_empty=True)
-    assert (allowed.texts, allowed.faults) == ({"a.png": "", "b.png": "", "c.png": ""}, [])
+    assert (allowed.texts, allowed.faults) == ({"a.png": ("",), "b.png": ("",), "c.png": ("",)}, [])
 
 
 def test_two_captions_for_one_picture_are_a_fault_naming_both(tmp_path: Path) -> None:
@@ -83,13 +84,13 @@ def test_two_pictures_with_one_sidecar_are_ambiguous_and_take_no_caption(tmp_pat
 
 def test_sidecar_spelled_in_another_normal_form_still_belongs_to_its_picture(tmp_path: Path) -> None:
     write(tmp_path, {"e\u0301.png": "", "\u00e9.txt": "x"})
-    assert list(read(tmp_path).texts.values()) == ["x"]
+    assert list(read(tmp_path).texts.values()) == [("x",)]
 
 
 def test_json_of_another_tool_beside_a_caption_is_left_alone(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": "", "a.txt": "x", "a.json": '{"camera": 3}'})
     captions = read(tmp_path)
-    assert (captions.texts, captions.faults) == ({"a.png": "x"}, [])
+    assert (captions.texts, captions.faults) == ({"a.png": ("x",)}, [])
 
 
 def test_stray_caption_is_a_warning(tmp_path: Path) -> None:
@@ -111,7 +112,38 @@ def test_table_rows_caption_pictures_relative_to_the_table(tmp_path: Path) -> No
     write(tmp_path, {"other/3.png": "", "other/metadata.csv": table})
     captions = read(tmp_path)
     assert captions.faults == []
-    assert captions.texts == {"set/1.png": "one", "set/deep/2.png": "two", "other/3.png": "three, with\na line"}
+    assert captions.texts == {
+        "set/1.png": ("one",),
+        "set/deep/2.png": ("two",),
+        "other/3.png": ("three, with\na line",),
+    }
+
+
+def test_list_in_json_holds_several_captions_each_once(tmp_path: Path) -> None:
+    row = '{"file_name": "a.png", "text": ["one ", "two\\nlines", "", "one"]}'
+    write(tmp_path, {"a.png": "", "metadata.jsonl": row, "b.png": "", "b.json": '{"caption": ["three", "four"]}'})
+    captions = read(tmp_path)
+    assert (captions.texts, captions.faults) == ({"a.png": ("one", "two\nlines"), "b.png": ("three", "four")}, [])
+
+
+@pytest.mark.parametrize(
+    ("texts", "code"), [("[]", "caption.empty"), ('[" "]', "caption.empty"), ('["\\u0000"]', "caption.nul")]
+)
+def test_list_without_a_good_caption_is_a_fault(tmp_path: Path, texts: str, code: str) -> None:
+    write(tmp_path, {"a.png": "", "metadata.jsonl": f'{{"file_name": "a.png", "text": {texts}}}'})
+    assert faults(tmp_path) == [(code, "metadata.jsonl line 1")]
+
+
+def test_lines_are_captions_of_their_own_only_where_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": "", "a.txt": "one\r\n \n two\none\n", "b.png": "", "b.txt": "three"})
+    assert read(tmp_path).texts == {"a.png": ("one\n \n two\none",), "b.png": ("three",)}
+    assert read(tmp_path, lines=True).texts == {"a.png": ("one", "two"), "b.png": ("three",)}
+
+
+def test_more_captions_than_a_person_writes_are_a_fault(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": "", "a.txt": "\n".join(map(str, range(MOST_CAPTIONS + 1)))})
+    (fault,) = read(tmp_path, lines=True).faults
+    assert (fault.code, fault.where) == ("caption.too_many", "a.txt")
 
 
 def test_duplicate_rows_are_a_fault_naming_both_lines(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from PIL import Image
 
+from schemas.errors import BadConfig
 from schemas.validate import Validate
 from stages.dataset.items import Dataset, build_items
 from tests.dataset.corpus import bilevel_png, encoded, jpeg, png, scene, webp, write
@@ -201,3 +202,66 @@ def test_two_thousand_small_pictures_take_less_than_four_seconds(tmp_path: Path)
 def test_each_setting_that_shapes_items_moves_ids(tmp_path: Path, settings: dict[str, object]) -> None:
     write(tmp_path, GOOD)
     assert ids(build(tmp_path)) != ids(build(tmp_path, **settings))
+
+
+def drawn(dataset: Dataset) -> dict[str, set[tuple[str, int]]]:
+    """How each picture's items are drawn: (picture, times)."""
+    found: dict[str, set[tuple[str, int]]] = {}
+    for item in dataset.items:
+        found.setdefault(item.path, set()).add((item.draw.picture, item.draw.times))
+    return found
+
+
+def test_every_line_of_a_caption_is_an_item_of_the_same_picture(tmp_path: Path) -> None:
+    write(tmp_path, {**GOOD, "a.txt": "one [trigger]\n\ntwo"})
+    dataset = build(tmp_path, captions="lines", resolutions=(64,))
+    assert sorted(dataset.captions.values()) == ["one zorb", "zorb two", "zorb x"]
+    items = [item for item in dataset.items if item.path == "a.png"]
+    assert [dataset.captions[item.caption_id] for item in items] in (
+        ["one zorb", "zorb two"],
+        ["zorb two", "one zorb"],
+    )
+    assert {item.draw.picture for item in items} == {min(item.item_id for item in items)}
+    assert all(item.draw.plain for item in dataset.items if item.path != "a.png")
+    assert (dataset.statistics.items, dataset.statistics.captions, dataset.statistics.accepted) == (4, 3, 3)
+    # An item is what it would be if its caption were the only one.
+    alone = build(write(tmp_path, {"a.txt": "two"}), resolutions=(64,))
+    assert set(ids(alone)) < set(ids(dataset))
+
+
+def test_duplicates_with_variants_stay_pictures_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": png(), "a.txt": "x\ny", "b.png": png(), "b.txt": "y\nz"})
+    dataset = build(tmp_path, captions="lines", resolutions=(64,))
+    assert len(set(ids(dataset))) == 4
+    assert {path: len(each) for path, each in drawn(dataset).items()} == {"a.png": 1, "b.png": 1}
+    assert len({picture for each in drawn(dataset).values() for picture, _ in each}) == 2
+
+
+def test_tags_make_caption_variants_that_hold_the_trigger(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": png(), "a.txt": "red, blue, green, black"})
+    dataset = build(tmp_path, tags={"variants": 6}, resolutions=(64,))
+    texts = list(dataset.captions.values())
+    assert len(texts) == len(dataset.items) == 6
+    assert all(text.startswith("zorb ") for text in texts)
+    assert all(sorted(text[5:].split(", ")) == ["black", "blue", "green", "red"] for text in texts)
+    assert ids(dataset) == ids(build(tmp_path, tags={"variants": 6}, resolutions=(64,)))
+
+
+def test_repeats_count_by_the_last_pattern_that_matches_and_move_no_id(tmp_path: Path) -> None:
+    write(tmp_path, {**GOOD, "faces/d.png": png(64, 80), "faces/d.txt": "d"})
+    repeats = ({"pattern": "*.png", "times": 2}, {"pattern": "faces/*", "times": 5})
+    dataset = build(tmp_path, repeats=repeats)
+    times = {path: {count for _, count in each} for path, each in drawn(dataset).items()}
+    assert times == {"a.png": {2}, "b.jpg": {1}, "c.webp": {1}, "faces/d.png": {5}}
+    assert ids(dataset) == ids(build(tmp_path))
+    assert all(item.draw.plain for item in build(tmp_path).items)
+
+
+def test_patterns_that_match_no_picture_are_all_refused(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    with pytest.raises(BadConfig) as caught:
+        build(
+            tmp_path,
+            repeats=({"pattern": "A.png", "times": 2}, {"pattern": "*", "times": 2}, {"pattern": "x/*", "times": 2}),
+        )
+    assert [fault.where for fault in caught.value.faults] == ["A.png", "x/*"]

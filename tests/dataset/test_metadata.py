@@ -46,10 +46,10 @@ def test_bad_json_line_is_a_fault_and_the_lines_around_it_stay_good(tmp_path: Pa
 
 def test_byte_order_mark_is_dropped_from_both_kinds(tmp_path: Path) -> None:
     assert rows(tmp_path, "metadata.jsonl", b'\xef\xbb\xbf{"file_name": "a", "text": "x"}') == [
-        Row("metadata.jsonl line 1", "a", "x")
+        Row("metadata.jsonl line 1", "a", ("x",))
     ]
     assert rows(tmp_path, "metadata.csv", b"\xef\xbb\xbffile_name,text\r\na,x\r\n") == [
-        Row("metadata.csv line 2", "a", "x")
+        Row("metadata.csv line 2", "a", ("x",))
     ]
 
 
@@ -61,7 +61,7 @@ def test_csv_without_the_columns_says_which_it_wants(tmp_path: Path) -> None:
 def test_csv_row_of_another_length_is_a_fault(tmp_path: Path) -> None:
     found = rows(tmp_path, "metadata.csv", b"file_name,text\na.png\nb.png,x\n")
     assert isinstance(found[0], Fault)
-    assert found[1] == Row("metadata.csv line 3", "b.png", "x")
+    assert found[1] == Row("metadata.csv line 3", "b.png", ("x",))
 
 
 def test_csv_that_is_not_utf8_or_not_csv_is_a_fault(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_parquet_rows_are_read_and_nulls_are_faults(tmp_path: Path) -> None:
     table = pa.table({"file_name": ["a.png", "b.png", None], "text": ["x", None, "z"], "width": [1, 2, 3]})
     parquet.write_table(table, tmp_path / "metadata.parquet")
     first, second, third = read_rows(tmp_path / "metadata.parquet", "metadata.parquet")
-    assert first == Row("metadata.parquet row 1", "a.png", "x")
+    assert first == Row("metadata.parquet row 1", "a.png", ("x",))
     assert [second.where, third.where] == ["metadata.parquet row 2", "metadata.parquet row 3"]
     assert {second.code, third.code} == {"table.columns"}
 
