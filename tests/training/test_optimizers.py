@@ -269,7 +269,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(spec: Optimizer) -
 @pytest.mark.parametrize("spec", ALL, ids=name_of)
 def test_training_at_the_own_rate_lowers_the_loss(spec: Optimizer) -> None:
     taking = trainer(Train(optimizer=spec, rank=4, alpha=4.0, gradient_checkpointing=False))
-    losses = [taking.step([batch(0)]).loss.item() for _ in range(30)]
+    losses = [taking.step([batch(0)]).loss.item() for _ in range(12)]
     assert losses[-1] < losses[0]
 
 
