@@ -33,11 +33,12 @@ class DoRALinear(LoRALinear):
         y = self.base(x)
         seen = self.draw.inputs(x)
         kept = y if seen is x else self.base(seen)
-        change = self.draw.ranks(seen @ self.lora_A.astype(x.dtype).T) @ self.lora_B.astype(x.dtype).T
+        changed = mx.addmm(kept, self._down(seen), self.lora_B.astype(x.dtype).T, alpha=self.scale)
         gain = self.lora_magnitude_vector / mx.stop_gradient(self._lengths(self.parts, x.dtype))
         # gain - 1 is rounded, not gain: it is small, and bfloat16 resolves only 1/128 around one.
-        delta = (gain - 1).astype(x.dtype) * kept + (gain * self.scale).astype(x.dtype) * change
-        return y + self.draw.module(delta)
+        turned = changed + (gain - 1).astype(x.dtype) * changed
+        # Dropped features are missing from what the adapter adds, never from W x; as in peft.
+        return self.draw.module(turned if seen is x else y + (turned - kept), y)
 
     def portable(self, parts: Parts) -> Parts:
         """Return a LoRA and `dora_scale` [out], which readers apply as dora_scale / ||W|| * (W + B A).

@@ -42,10 +42,10 @@ class Draw:
         """Drop ranks of low [B, ..., r], the same for all tokens of a sample; the others grow, as in kohya's."""
         return self._dropped(low, self.rates.ranks, (low.shape[0], *[1] * (low.ndim - 2), low.shape[-1]), 1)
 
-    def module(self, delta: mx.array) -> mx.array:
-        """Return delta or zeros, never grown: what remains must be a model that could be used."""
+    def module(self, adapted: mx.array, bare: mx.array) -> mx.array:
+        """Return what the linear gives with its adapter or without, of the same shape; the rest never grows."""
         kept = self._kept(self.rates.module, (), 2)
-        return delta if kept is None else mx.where(kept, delta, 0)
+        return adapted if kept is None else mx.where(kept, adapted, bare)
 
     def _dropped(self, x: mx.array, rate: float, shape: tuple[int, ...], purpose: int) -> mx.array:
         kept = self._kept(rate, shape, purpose)

@@ -65,7 +65,8 @@ class LoRALinear(Adapter):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x [..., in] to [..., out] in the type of x."""
-        return mx.addmm(self.base(x), self.draw.module(self._low(x)), self._up().astype(x.dtype).T, alpha=self.scale)
+        y = self.base(x)
+        return self.draw.module(mx.addmm(y, self._low(x), self._up().astype(x.dtype).T, alpha=self.scale), y)
 
     def portable(self, parts: Parts) -> Parts:
         """Return A, and B times the scale."""
@@ -76,7 +77,10 @@ class LoRALinear(Adapter):
         return self.scale * product_norm(parts["lora_B"], parts["lora_A"])
 
     def _low(self, x: mx.array) -> mx.array:
-        return self.draw.ranks(self.draw.inputs(x) @ self.lora_A.astype(x.dtype).T)
+        return self._down(self.draw.inputs(x))
+
+    def _down(self, seen: mx.array) -> mx.array:
+        return self.draw.ranks(seen @ self.lora_A.astype(seen.dtype).T)
 
     def _up(self) -> mx.array:
         return self.lora_B

@@ -30,8 +30,8 @@ class LoKrLinear(Adapter):
         for name in ("lokr_w2", "lokr_w2_b", "lokr_w2_a"):
             if name in parts:
                 matrix = matrix @ parts[name].T
-        delta = (w1 @ matrix).flatten(-2)
-        return self.base(x) + self.scale * self.draw.module(delta)
+        y = self.base(x)
+        return self.draw.module(y + self.scale * (w1 @ matrix).flatten(-2), y)
 
     def portable(self, parts: Parts) -> Parts:
         """Return the parts with w1 times the scale: readers apply one of their own only where a file has alpha."""

@@ -91,10 +91,8 @@ def _big(parts: Parts) -> list[mx.array]:
 def _shape_faults(plain: Adapters, krons: Adapters, config: TransformerConfig) -> Iterator[Fault]:
     halves = [str(place) for place, parts in chain(plain.items(), krons.items()) if not _complete(parts)]
     whole = {place: parts for place, parts in plain.items() if _complete(parts)}
-    shapes = [
-        *low_rank.wrong_shapes(whole, config),
-        *kronecker.wrong_shapes({place: parts for place, parts in krons.items() if _complete(parts)}, config),
-    ]
+    fused = {place: parts for place, parts in krons.items() if _complete(parts) and place.third is None}
+    shapes = [*low_rank.wrong_shapes(whole, config), *kronecker.wrong_shapes(fused, config)]
     yield from _fault("lora.missing_half", "adapters lack A or B, or a factor of their product", halves)
     yield from _fault("lora.shape", "adapters do not fit this model's linears", shapes)
     yield from _fault("lora.dora_part", "DoRAs cover only some of q, k and v", low_rank.partial_doras(whole))
