@@ -41,8 +41,8 @@ class Manifest(Strict, frozen=True):
     self_digest: str
 
 
-class CheckpointManifest(Strict, frozen=True):
-    """One resumable point of a training: its files, and the tensor digest of the LoRA it stands for.
+class CheckpointManifest(Strict, frozen=True, omit_defaults=True):
+    """One resumable point of a training: its files, and the tensor digests of the LoRA it stands for and its `ema`.
 
     `public` is false for a checkpoint forced by a signal: it exists to resume from, not to be looked at.
     """
@@ -54,6 +54,7 @@ class CheckpointManifest(Strict, frozen=True):
     lora: str
     files: dict[str, FileRecord]
     self_digest: str
+    ema: str | None = None
 
 
 class Receipt(Strict, frozen=True):

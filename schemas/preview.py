@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -12,11 +14,14 @@ Prompt = Annotated[str, Meta(min_length=1, max_length=65536)]
 
 
 class Preview(Strict, frozen=True):
-    """`steps` and `guidance` default by the model's variant when absent."""
+    """`steps` and `guidance` default by the model's variant when absent; `ema` draws with the moving average."""
+
+    NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType({"ema": False})
 
     prompts: Annotated[tuple[Prompt, ...], Meta(max_length=64)] = ()
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
     size: Annotated[int, Meta(ge=32, le=2048, multiple_of=16)] = 512
     steps: Annotated[int, Meta(ge=1, le=200)] | None = None
     guidance: Annotated[float, Meta(ge=0.0, le=30.0)] | None = None
+    ema: bool = False
     during_training: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 METRICS = "metrics.jsonl"
 CURVES = "training_curves.png"
+PREVIEWS = "previews.png"
 VERIFY = "verify.json"
 TRAJECTORY = "trajectory.json"
 LATEST_PREVIEW = "preview_latest.png"
@@ -12,6 +13,11 @@ LATEST_PREVIEW = "preview_latest.png"
 def lora(run: str) -> str:
     """Return the name of the finished LoRA."""
     return f"{run}.safetensors"
+
+
+def ema(run: str) -> str:
+    """Return the name of the moving average of the LoRA."""
+    return f"{run}_ema.safetensors"
 
 
 def checkpoint(step: int) -> str:

@@ -50,3 +50,8 @@ class Config(Strict, frozen=True):
     train: Train = Train()
     preview: Preview = Preview()
     verify: Verify = Verify()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings of one table that need another's."""
+        if self.preview.ema and self.train.ema is None:
+            raise ValueError("preview.ema draws with the moving average: add [train.ema], or leave it out")

@@ -115,14 +115,17 @@ class Preview:
 
 
 def shots(job: Job) -> list[Shot]:
-    """Return step 0 without a LoRA, every public checkpoint, and the finished LoRA."""
+    """Return step 0 without a LoRA, every public checkpoint, and the finished LoRA; with `ema` their averages."""
     from stages.training.checkpoints import public_checkpoints
 
     manifest, folder = upstream(job, "train")
     steps = manifest.params["steps"]
     found = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
-    before = [Shot(each.step, each.manifest.lora, each.lora) for each in found if each.step < steps]
-    return [Shot(0, "none", None), *before, Shot(steps, manifest.roles["lora"], folder / "lora.safetensors")]
+    ema = job.config.preview.ema
+    before = [(each.step, *each.shown(ema=ema)) for each in found if each.step < steps]
+    kind = "ema" if ema else "lora"
+    last = (steps, folder / f"{kind}.safetensors", manifest.roles[kind])
+    return [Shot(0, "none", None), *(Shot(step, digest, path) for step, path, digest in (*before, last))]
 
 
 def _pictures(scene: Scene, wanted: list[Shot]) -> list[Picture]:

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from stages.training.data import TrainingData
     from stages.training.loop import Line
 
-LORA = "lora.safetensors"
+LORA, EMA = "lora.safetensors", "ema.safetensors"
 
 
 class Train:
-    """Reads both encoders' records; its role `lora` is the tensor digest of the result."""
+    """Reads both encoders' records; its roles `lora` and `ema` are the tensor digests of the results."""
 
     name = "train"
     version = 1
@@ -67,11 +67,15 @@ class Train:
         _announce(job, plan, start)
         last = start if start is not None and start.step == steps else _train(job, plan, start)
         restore_file(last.lora, work / LORA, job.digests)
+        roles = {"lora": last.manifest.lora}
+        if last.ema is not None and last.manifest.ema is not None:
+            restore_file(last.ema, work / EMA, job.digests)
+            roles["ema"] = last.manifest.ema
         metrics = last.metrics()
         (work / results.METRICS).write_bytes(metrics_lines(metrics))
         training_curves(metrics, work / results.CURVES)
         return Built(
-            roles={"lora": last.manifest.lora},
+            roles=roles,
             counts={"steps": steps, "resumed_from": start.step if start is not None else 0},
         )
 
@@ -84,9 +88,9 @@ class Train:
         from stages.training.checkpoints import public_checkpoints
         from stages.training.copies import restore_proved
 
-        targets = {LORA: results.lora(job.run), results.METRICS: results.METRICS, results.CURVES: results.CURVES}
-        for name, target in targets.items():
-            restore_proved(job, folder / name, manifest.files[name], job.run_folder / target, self.name)
+        targets = {LORA: results.lora(job.run), EMA: results.ema(job.run)}
+        for name, entry in manifest.files.items():
+            restore_proved(job, folder / name, entry, job.run_folder / targets.get(name, name), self.name)
         for checkpoint in public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every):
             target = job.run_folder / results.checkpoint(checkpoint.step)
             try:

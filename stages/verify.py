@@ -91,7 +91,7 @@ def run(job: Job) -> tuple[Result, int]:
         _files(inspection, stage, manifest, folder)
         _links(inspection, stage, chain)
     if "train" in chain:
-        _lora(inspection, chain["train"][0])
+        _loras(inspection, chain["train"][0])
         _checkpoints(inspection, chain)
     if "preview" in chain and _shows_this_lora(inspection, chain):
         _previews(inspection, *chain["preview"])
@@ -154,11 +154,18 @@ def _links(inspection: Inspection, stage: str, chain: Chain) -> None:
             inspection.error(Stale, "chain.broken", what, inspection.job.run, inspection.job.remedy(stage))
 
 
-def _lora(inspection: Inspection, train: Manifest) -> None:
-    """Check the LoRA in the run folder: the artifact's bytes, a strict header, finite numbers, some B not zero."""
+def _loras(inspection: Inspection, train: Manifest) -> None:
+    """Check the finished LoRA and, where one was kept, its moving average."""
     job = inspection.job
-    entry = train.files["lora.safetensors"]
-    path = job.run_folder / results.lora(job.run)
+    for role, name in (("lora", results.lora(job.run)), ("ema", results.ema(job.run))):
+        if role in train.roles:
+            _lora(inspection, train, role, job.run_folder / name)
+
+
+def _lora(inspection: Inspection, train: Manifest, role: str, path: Path) -> None:
+    """Check a LoRA in the run folder: the artifact's bytes, a strict header, finite numbers, some B not zero."""
+    job = inspection.job
+    entry = train.files[f"{role}.safetensors"]
     inspection.file(path, entry.size, entry.sha256, job.remedy("train"))
     if inspection.quick:
         inspection.not_checked.append("the LoRA's numbers and names (left out by --quick)")
@@ -175,7 +182,7 @@ def _lora(inspection: Inspection, train: Manifest) -> None:
     except (Damaged, NoResources) as error:
         inspection.failed(error)
         return
-    if tensor_digest(file.tensors) != train.roles["lora"]:
+    if tensor_digest(file.tensors) != train.roles[role]:
         inspection.error(
             Damaged, "lora.digest", "the tensors are not those that training made", path, job.remedy("train")
         )
@@ -215,10 +222,11 @@ def _checkpoints(inspection: Inspection, chain: Chain) -> None:
         entry = checkpoint.manifest.files["lora.safetensors"]
         copy = job.run_folder / results.checkpoint(checkpoint.step)
         inspection.file(copy, entry.size, entry.sha256, job.remedy("train"))
-    if "preview" in chain and _drawn(chain["preview"][0]).get(steps := train.params["steps"]) == train.roles["lora"]:
-        there = {each.step: each.manifest.lora for each in list_checkpoints(job.stores, trajectory)} | {0: "none"}
-        for step, lora in _drawn(chain["preview"][0]).items():
-            if step != steps and there.get(step) != lora:
+    if "preview" in chain and _shows(preview := chain["preview"][0], train):
+        found = list_checkpoints(job.stores, trajectory)
+        there = {each.step: {each.manifest.lora, each.manifest.ema} for each in found} | {0: {"none"}}
+        for step, lora in _drawn(preview).items():
+            if step != train.params["steps"] and lora not in there.get(step, ()):
                 what = f"the checkpoint of step {step} is missing or unreadable"
                 inspection.error(Damaged, "checkpoint.missing", what, trajectory, fix)
 
@@ -241,10 +249,15 @@ def _drawn(preview: Manifest) -> dict[int, str]:
     return {int(step): lora for step, lora in named.items()}
 
 
+def _shows(preview: Manifest, train: Manifest) -> bool:
+    """Whether the pictures are of what training made."""
+    role = "ema" if preview.params.get("ema") else "lora"
+    return _drawn(preview).get(train.params["steps"]) == train.roles.get(role)
+
+
 def _shows_this_lora(inspection: Inspection, chain: Chain) -> bool:
     """Compare the LoRA that the pictures show with the one training made; others are not to be judged by them."""
-    train = chain["train"][0] if "train" in chain else None
-    if train is None or _drawn(chain["preview"][0]).get(train.params["steps"]) == train.roles["lora"]:
+    if "train" not in chain or _shows(chain["preview"][0], chain["train"][0]):
         return True
     what = "preview shows another LoRA than train has now"
     inspection.error(Stale, "chain.broken", what, inspection.job.run, inspection.job.remedy("preview"))

@@ -26,6 +26,7 @@ from stages.training.schedules import depends_on_total
 VERSION = 1
 STATE = "state.safetensors"
 LORA = "lora.safetensors"
+EMA = "ema.safetensors"
 METRICS = "metrics.jsonl"
 FOLDER = "checkpoints"
 
@@ -46,6 +47,18 @@ class Checkpoint:
     def lora(self) -> Path:
         """The LoRA file."""
         return self.folder / LORA
+
+    @property
+    def ema(self) -> Path | None:
+        """The LoRA file of the moving average; None when none was kept."""
+        return None if self.manifest.ema is None else self.folder / EMA
+
+    def shown(self, *, ema: bool) -> tuple[Path, str]:
+        """Return the file that previews are drawn with, and its tensor digest. Raises Damaged when there is none."""
+        digest = self.manifest.ema if ema else self.manifest.lora
+        if digest is None:
+            raise self._damaged(EMA, "it was saved without a moving average")
+        return self.folder / (EMA if ema else LORA), digest
 
     def state(self) -> dict[str, Tensor]:
         """Return the training state. Raises Damaged when its bytes changed."""
@@ -81,6 +94,7 @@ class Snapshot:
     public: bool
     state: Mapping[str, Tensor]
     lora: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] | None
     metadata: Mapping[str, str]
     metrics: Sequence[Mapping[str, float]]
 
@@ -92,6 +106,8 @@ def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkp
         work.mkdir()
         save(work / STATE, snapshot.state, {})
         save(work / LORA, snapshot.lora, snapshot.metadata)
+        if snapshot.ema is not None:
+            save(work / EMA, snapshot.ema, snapshot.metadata)
         (work / METRICS).write_bytes(metrics_lines(snapshot.metrics))
         manifest = CheckpointManifest(
             contract=CONTRACT_VERSION,
@@ -99,8 +115,9 @@ def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkp
             step=snapshot.step,
             public=snapshot.public,
             lora=tensor_digest(snapshot.lora),
-            files={name: record(work / name) for name in (STATE, LORA, METRICS)},
+            files={path.name: record(path) for path in sorted(work.iterdir())},
             self_digest="",
+            ema=None if snapshot.ema is None else tensor_digest(snapshot.ema),
         )
         manifest = msgspec.structs.replace(manifest, self_digest=_self_digest(manifest))
         (work / MANIFEST).write_bytes(msgspec.json.format(canonical_json(manifest)) + b"\n")

@@ -15,8 +15,9 @@ from stages.contract.publish import write_file
 from stages.flux2.identity import model_of
 from stages.flux2.load import load_autoencoder
 from stages.lora.formats.bfl import metadata, to_tensors
+from stages.lora.layer import Factors
 from stages.lora.merge import portable
-from stages.stores.tensors import from_mlx
+from stages.stores.tensors import Tensor, from_mlx
 from stages.training.checkpoints import Checkpoint, Snapshot, metrics_lines, trajectory_of, write_checkpoint
 from stages.training.loop import Line
 from stages.training.previews import NO_LORA, Painter, place, scene_of
@@ -51,13 +52,13 @@ class Recorder:
     def checkpoint(self, step: int, public: bool) -> None:  # noqa: FBT001
         """Publish the state; a public one also gives its LoRA file and pictures."""
         settings = self._job.config.train
-        factors = portable(self._trainer.transformer, self._trainer.factors)
-        lora = to_tensors(factors, dtype=getattr(mx, settings.save_dtype))
+        average = self._trainer.ema_factors
         snapshot = Snapshot(
             step=step,
             public=public,
             state={name: from_mlx(array) for name, array in self._trainer.state().items()},
-            lora={name: from_mlx(array) for name, array in lora.items()},
+            lora=self._file(self._trainer.factors),
+            ema=None if average is None else self._file(average),
             metadata=metadata(settings.rank, _provenance(self._job, self._plan, step)),
             metrics=self._metrics,
         )
@@ -66,6 +67,12 @@ class Recorder:
             target = self._job.run_folder / results.checkpoint(step)
             restore_file(self.last.lora, target, self._job.digests)
             self._draw(self.last, step)
+
+    def _file(self, factors: Factors) -> dict[str, Tensor]:
+        """Return the tensors of a LoRA file."""
+        dtype = getattr(mx, self._job.config.train.save_dtype)
+        tensors = to_tensors(portable(self._trainer.transformer, factors), dtype=dtype)
+        return {name: from_mlx(array) for name, array in tensors.items()}
 
     def _draw(self, checkpoint: Checkpoint | None, step: int) -> None:
         """Draw the previews of a saved LoRA on the transformer in memory, unless they are wanted later."""
@@ -79,7 +86,8 @@ class Recorder:
             transformer=lambda: self._trainer.transformer,
             decoder=lambda: load_autoencoder(model, encoder=False, decoder=True),
         )
-        lora, digest = (None, NO_LORA) if checkpoint is None else (checkpoint.lora, checkpoint.manifest.lora)
+        ema = self._job.config.preview.ema
+        lora, digest = (None, NO_LORA) if checkpoint is None else checkpoint.shown(ema=ema)
         with self._bar.paused(f"drawing previews of step {step}"):
             painter.paint(lora, digest)
         place(self._job, scene, digest, step)
