@@ -91,8 +91,8 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The type the streams are computed in: that of the embedders' weights."""
-        return self.img_in.weight.dtype
+        """The type the streams are computed in: that of the time embedder's weights, which nothing adapts."""
+        return self.time_in.in_layer.weight.dtype
 
     def __call__(
         self, img: mx.array, txt: mx.array, timesteps: mx.array, guidance: mx.array | None, rope: Rope

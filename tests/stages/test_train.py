@@ -247,6 +247,12 @@ def test_training_needs_the_stages_before_it(project: Project) -> None:
     assert refused.result["error"]["fix"].startswith("flux2-lora encode-latents --config ")
 
 
+def test_every_named_set_of_targets_trains(project: Project) -> None:
+    for targets in ("attention", "all"):
+        sets = (f"train.targets={targets}", "train.steps=1")
+        assert project.make("train", sets=sets)["train"].counts["steps"] == 1
+
+
 def test_training_that_learns_nothing_ends_in_an_error(project: Project) -> None:
     # Below the smallest float32.
     ran = project.run("train", sets=("train.learning_rate=1e-60", "train.steps=1"))
