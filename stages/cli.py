@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import os
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import click
 import msgspec
 
-from schemas.errors import BadConfig, Fault, StageError, Stopped
+from schemas.errors import BadConfig, StageError, Stopped
 from schemas.manifest import Result, ResultError
 from schemas.version import VERSION
 from stages.console import messages
@@ -71,6 +72,17 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the stages in their order, then the helpers."""
         return [*STAGES, *HELPERS]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that the first argument names. Raises BadConfig with the nearest name."""
+        names = self.list_commands(ctx)
+        if args[0] not in names and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], names, n=1)
+            fix = f"did you mean {near[0]}?" if near else "flux2-lora --help"
+            raise BadConfig("usage", f"no such command {args[0]}", why=f"valid: {', '.join(names)}", fix=fix)
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command, or None for an unknown name."""
@@ -182,7 +194,7 @@ def _summary(result: Result) -> str:
 def fail(arguments: Sequence[str], error: StageError, started: float) -> int:
     """Print every fault of `error` as a line and, for programs, as the one object; return the exit code."""
     messages.faults(error.faults)
-    name = arguments[0] if arguments else ""
+    name = next((each for each in arguments if not each.startswith("-")), "")
     if "--json" in arguments:
         first = error.faults[0]
         where = f"{first.where}: {first.why}" if first.where and first.why else first.where or first.why
@@ -203,7 +215,7 @@ def fail(arguments: Sequence[str], error: StageError, started: float) -> int:
 
 @contextlib.contextmanager
 def _interruptible() -> Generator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into an error that cleans up; what was published stays."""
+    """Turn SIGINT or SIGTERM into an error that cleans up; what was published stays."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Stopped(number, "stopped; finished work is kept", fix="run the same command again to go on")
@@ -219,37 +231,44 @@ def _interruptible() -> Generator[None]:
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say one line about a failure nobody foresaw; Python then exits with 1."""
+    if "--debug" in sys.argv:
+        traceback.print_exception(kind, error, trace)
     last = traceback.extract_tb(trace)[-1] if trace else None
     where = f"{Path(last.filename).name}:{last.lineno}" if last else ""
-    messages.faults(
-        [Fault(code="bug", what=f"{kind.__name__}: {error}", where=where, fix="run with --debug and report it")]
-    )
+    bug = StageError("bug", f"{kind.__name__}: {error}", where=where, fix="run with --debug and report it")
+    fail(sys.argv[1:], bug, time.monotonic())
+
+
+def _usage(error: click.ClickException, arguments: Sequence[str]) -> BadConfig:
+    """Return click's complaint as ours: the nearest option, or else where the help is."""
+    near: list[str] = getattr(error, "possibilities", None) or []
+    what = (error.message if near else error.format_message()).rstrip(".").replace("\n", " ")
+    command = " ".join(["flux2-lora", *(each for each in arguments[:1] if each in STAGES or each in HELPERS)])
+    return BadConfig("usage", what, fix=f"did you mean {near[0]}?" if near else f"{command} --help")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; return its exit code."""
+    """Run one command line (none at all asks for help); return its exit code."""
     started = time.monotonic()
-    debug = "--debug" in arguments
-    if debug:
-        sys.excepthook = sys.__excepthook__
     try:
-        code = COMMAND.main(list(arguments), prog_name="flux2-lora", standalone_mode=False)
+        # Not `COMMAND.main`: it ends the process with 1 when the reader of its output leaves.
+        with COMMAND.make_context("flux2-lora", list(arguments) or ["--help"]) as context:
+            return COMMAND.invoke(context) or 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        what = error.format_message().rstrip(".").replace("\n", " ")
-        fix = f"{context.command_path if context else 'flux2-lora'} --help"
-        return fail(arguments, BadConfig("usage", what, fix=fix), started)
+        return fail(arguments, _usage(error, arguments), started)
     except StageError as error:
-        if debug:
+        if "--debug" in arguments:
             traceback.print_exc()
         return fail(arguments, error, started)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of stdout left; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code if isinstance(code, int) else 0
+        # Python would complain again when it flushes at exit.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def main() -> None:
@@ -264,14 +283,7 @@ HELP = """Train a FLUX.2 LoRA from a folder of pictures and captions.
 Example:
   flux2-lora run photos --trigger sks --output sks.safetensors
 """
-COMMAND = Commands(
-    name="flux2-lora",
-    help=HELP,
-    context_settings=CONTEXT,
-    no_args_is_help=True,
+VERSION_OPTION = click.Option(
+    ["--version"], is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version."
 )
-COMMAND.params.append(
-    click.Option(
-        ["--version"], is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version."
-    )
-)
+COMMAND = Commands(name="flux2-lora", help=HELP, params=[VERSION_OPTION], context_settings=CONTEXT)
