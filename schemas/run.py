@@ -55,3 +55,7 @@ class Config(Strict, frozen=True):
         """Raise ValueError for settings of one table that need another's."""
         if self.preview.ema and self.train.ema is None:
             raise ValueError("preview.ema draws with the moving average: add [train.ema], or leave it out")
+        known = self.validate.resolutions
+        for phase in self.train.resolutions:
+            if unknown := sorted(set(phase.sizes) - set(known)):
+                raise ValueError(f"train.resolutions draws {unknown}, validate.resolutions has {sorted(known)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 from msgspec.structs import force_setattr
@@ -12,6 +14,7 @@ from schemas.base import Strict
 from schemas.ema import Ema
 from schemas.objective import Loss, Mse, Output, Unweighted, Weighting
 from schemas.optimizers import AdamW, Optimizer, ScheduleFree
+from schemas.resolutions import Phase, check
 from schemas.schedules import Constant, Schedule
 from schemas.timesteps import Shift, Timesteps, Weighted
 
@@ -24,6 +27,8 @@ class Train(Strict, frozen=True):
 
     A `learning_rate` left out is the optimizer's own, filled in at once: keys hold the number.
     """
+
+    NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType({"resolutions": ()})
 
     steps: Positive = 1500
     batch_size: Annotated[int, Meta(ge=1, le=1024)] = 1
@@ -50,10 +55,12 @@ class Train(Strict, frozen=True):
     loss: Loss = Mse()
     noise_offset: Fraction = 0.0
     preservation: Output | None = None
+    resolutions: Annotated[tuple[Phase, ...], Meta(max_length=16)] = ()
 
     def __post_init__(self) -> None:
         """Fill in the learning rate. Raises ValueError for settings of which one would undo the other."""
         force_setattr(self, "learning_rate", self.peak_rate)
+        check(self.resolutions)
         if isinstance(self.timesteps, Weighted) and not isinstance(self.weighting, Unweighted):
             raise ValueError('timesteps of kind "weighted" weight the loss already; take "uniform", or no weighting')
         if self.init_lora is not None and getattr(self.adapter, "init", "kaiming") != "kaiming":

@@ -10,13 +10,17 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from schemas.errors import Damaged
+from schemas.train import Train
+from stages.dataset.buckets import PATCH_PX
 from stages.dataset.draws import Draw
+from stages.dataset.order import PhasedOrder, Visits
 from stages.stores.embeddings import EmbeddingReader, EmbeddingRow
 from stages.stores.latents import LatentReader, LatentRow
 
@@ -38,14 +42,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in one size: the item its latent is listed under, the ids of its captions, visits in an epoch."""
+    """A picture in one size: its file, the item its latent is listed under, its captions, its visits an epoch."""
 
+    path: str
     item_id: str
     captions: tuple[str, ...]
     times: int
 
+    @property
     def visits(self) -> list[str]:
-        """Return the names of its visits."""
+        """The names of its visits."""
         return [self.item_id, *(f"{self.item_id}*{number}" for number in range(1, self.times))]
 
 
@@ -76,8 +82,9 @@ class TrainingData:
 
     def __init__(self, stores: Sequence[Path], tables: Tables) -> None:
         self._pictures = pictures(tables.items, tables.draws)
-        self._visits = {name: each for each in self._pictures for name in each.visits()}
+        self._visits = {name: each for each in self._pictures for name in each.visits}
         latents, embeddings = tables.latents, tables.embeddings
+        self._shapes = {row["item_id"]: (row["height"], row["width"]) for row in latents}
         self._latents = {(row["item_id"], row["flip"]): latent_row(row) for row in latents}
         self._texts = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "caption"}
         self._classes = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "class"}
@@ -86,10 +93,34 @@ class TrainingData:
         self._embedding_reader = EmbeddingReader(stores)
 
     @property
-    def buckets(self) -> list[tuple[str, tuple[int, int]]]:
+    def buckets(self) -> Visits:
         """Return (visit, (h, w) of its latent) of every visit of an epoch."""
-        shapes = {item: (row.height, row.width) for (item, _), row in self._latents.items()}
-        return [(name, shapes[each.item_id]) for name, each in self._visits.items()]
+        return self._visits_of(self._pictures)
+
+    def order(self, settings: Train, seed: int) -> PhasedOrder:
+        """Return the visits of every micro-step of a training."""
+        count = settings.gradient_accumulation
+        ends = [phase.until or 0 for phase in settings.resolutions[:-1]]
+        phases = [self._visits_at(phase.sizes) for phase in settings.resolutions] or [self.buckets]
+        starts = [0, *(step * count for step in ends)]
+        return PhasedOrder(list(zip(starts, phases, strict=True)), settings.batch_size, seed)
+
+    def _visits_at(self, sizes: Sequence[int]) -> Visits:
+        """Return every visit of the pictures in those of their sizes that `sizes` (px) stand for."""
+        files: dict[str, list[Picture]] = defaultdict(list)
+        for each in self._pictures:
+            files[each.path].append(each)
+        return self._visits_of([each for same in files.values() for each in self._in_sizes(same, sizes)])
+
+    def _in_sizes(self, same: Sequence[Picture], sizes: Sequence[int]) -> list[Picture]:
+        """Return of one picture for each size the largest that it can hold, else the smallest there is."""
+        areas = {each.item_id: prod(self._shapes[each.item_id]) * PATCH_PX**2 for each in same}
+        rising = sorted(same, key=lambda each: (areas[each.item_id], each.item_id))
+        chosen = [max((n for n, each in enumerate(rising) if areas[each.item_id] <= s**2), default=0) for s in sizes]
+        return [rising[number] for number in sorted(set(chosen))]
+
+    def _visits_of(self, pictures: Sequence[Picture]) -> Visits:
+        return [(name, self._shapes[each.item_id]) for each in pictures for name in each.visits]
 
     @property
     def flips(self) -> bool:
@@ -134,10 +165,11 @@ class TrainingData:
 
 def pictures(items: Sequence[Mapping[str, Any]], draws: Mapping[str, Draw]) -> list[Picture]:
     """Return every picture in every size, its caption variants gathered."""
+    paths = {item["item_id"]: item["path"] for item in items}
     captions: dict[str, list[str]] = defaultdict(list)
     for item in items:
         captions[draws[item["item_id"]].picture].append(item["caption_id"])
-    return [Picture(name, tuple(sorted(each)), draws[name].times) for name, each in captions.items()]
+    return [Picture(paths[name], name, tuple(sorted(each)), draws[name].times) for name, each in captions.items()]
 
 
 def latent_row(row: Mapping[str, Any]) -> LatentRow:

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from schemas.errors import Diverged, Stopped
 from schemas.train import Train
-from stages.dataset.order import BatchOrder
+from stages.dataset.order import PhasedOrder
 from stages.lora.layer import learnt
 from stages.training import objective
 from stages.training.data import Batch, Sample, TrainingData, ahead
@@ -54,7 +54,7 @@ class Loop:
         Raises Stopped after a durable checkpoint when a signal came, Diverged after three steps in a row that were
         not finite or when nothing was learnt.
         """
-        order = BatchOrder(self.data.buckets, self.settings.batch_size, self.seed)
+        order = self.data.order(self.settings, self.seed)
         start, stop = self.trainer.steps, self.settings.steps
         self._not_finite = 0
         with Interruption() as interruption:
@@ -78,7 +78,7 @@ class Loop:
                         fix="run the same command again to go on",
                     )
 
-    def _read(self, order: BatchOrder, step: int) -> Window:
+    def _read(self, order: PhasedOrder, step: int) -> Window:
         """Return the window of optimizer step `step` (from 0) as numpy; runs in the reading thread."""
         count = self.settings.gradient_accumulation
         ids = [order.at(step * count + index) for index in range(count)]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
-from stages.dataset.order import BatchOrder, batches
+from stages.dataset.order import BatchOrder, PhasedOrder, batches
 
 ITEMS = [(f"{number:032x}", ((512, 512), (576, 448), (448, 576))[number % 3]) for number in range(50)]
 BUCKET = dict(ITEMS)
@@ -51,3 +51,11 @@ def test_any_step_can_be_asked_for_in_any_order() -> None:
 def test_order_is_the_same_on_every_machine() -> None:
     # Recorded once: a change here changes every resumed run.
     assert [item[-2:] for item in batches(ITEMS, 4, 42, 0)[0]] == ["28", "07", "01", "19"]
+
+
+def test_each_phase_begins_an_epoch_of_its_own_over_its_own_items() -> None:
+    small = ITEMS[:12]
+    order = PhasedOrder([(0, small), (7, ITEMS)], 4, 42)
+    assert [order.at(step) for step in range(7)] == [BatchOrder(small, 4, 42).at(step) for step in range(7)]
+    assert [order.at(step) for step in range(7, 40)] == [BatchOrder(ITEMS, 4, 42).at(step) for step in range(33)]
+    assert order.at(3) == BatchOrder(small, 4, 42).at(3)

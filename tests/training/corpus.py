@@ -62,7 +62,7 @@ def write(store: Path, *, flips: bool = True) -> Tables:
         {"caption_id": name, "role": EMPTY if name == EMPTY else "caption", "text": name, **asdict(row)}
         for name, row in zip(names, written, strict=True)
     ]
-    items = [{"item_id": item, "caption_id": item} for item in SHAPES]
+    items = [{"item_id": item, "path": f"{item}.png", "caption_id": item} for item in SHAPES]
     return Tables(items, {item: Draw(item_id=item, picture=item) for item in SHAPES}, latents, embeddings)
 
 
