@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO
@@ -39,7 +38,7 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
             waiting(f"waiting for {holder}")
             _take(file, fcntl.LOCK_EX, path)
         file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.write(f"pid {os.getpid()} on {os.uname().nodename}")
         file.flush()
         try:
             yield

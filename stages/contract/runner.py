@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
@@ -220,6 +218,9 @@ def _short(value: object) -> str:
 
 
 def _provenance(started: float) -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     about = {"flux2-lora": VERSION, "python": platform.python_version(), "platform": platform.platform(terse=True)}
     for package in PACKAGES:
         try:
