@@ -69,7 +69,7 @@ class Preview:
         from stages.console.progress import progress
         from stages.flux2.backend import prepare
         from stages.flux2.load import load_autoencoder, load_transformer
-        from stages.training.previews import Painter, scene_of, write_grid
+        from stages.training.previews import Painter, scene_of, write_grid, write_sheet
 
         scene = scene_of(job)
         model = model_of(job)
@@ -88,6 +88,7 @@ class Preview:
         (work / INDEX).write_bytes(msgspec.json.format(msgspec.json.encode(pictures)) + b"\n")
         for shot in wanted if len(scene.prompts) > 1 else ():
             write_grid(job.stores, scene, shot.lora, work / results.preview(shot.step))
+        write_sheet(job.stores, scene, [(shot.step, shot.lora) for shot in wanted], work / results.PREVIEWS)
         return Built(
             roles={"pictures": digest_of("pictures", [[each.file, each.fragment] for each in pictures])},
             counts=_counts(len(pictures), rendered),

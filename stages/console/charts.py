@@ -32,22 +32,29 @@ MARGIN_PX = 12
 LABEL_LINES = 4
 # Narrower columns hold no legible label, whatever the size of their pictures.
 LEAST_COLUMN_PX = 128
+# The pictures and titles of a contact sheet.
+SMALL_PX = 256
+TITLE_PX = 16
 PAPER, INK = (255, 255, 255), (24, 24, 24)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel: the field of a metrics line, its title, the factor it is shown with."""
+    """One panel: the field of a metrics line, its title, the factor it is shown with.
+
+    `dotted` is a second field, of few lines, that is drawn over it and so named.
+    """
 
     field: str
     title: str
     color: str
     factor: float = 1.0
     smooth: bool = False
+    dotted: str = ""
 
 
 CURVES = (
-    Curve("loss", "loss (faint: each step)", "tab:blue", smooth=True),
+    Curve("loss", "loss (faint: each step)", "tab:blue", smooth=True, dotted="validation_loss"),
     Curve("learning_rate", "learning rate", "tab:orange"),
     Curve("grad_norm", "gradient norm (faint: each step)", "tab:green", smooth=True),
     Curve("peak_bytes", "peak memory, GB", "tab:red", factor=1e-9),
@@ -75,14 +82,19 @@ def _curves_png(metrics: Sequence[Mapping[str, Any]]) -> bytes:
     steps = np.array([line["step"] for line in metrics], dtype=float)
     panels = figure.subplots(2, 2, sharex=True)
     for axes, curve in zip(panels.flat, CURVES, strict=True):
-        values = [_number(line.get(curve.field)) * curve.factor for line in metrics]
-        _draw_curve(axes, curve, steps, np.array(values, dtype=float))
+        _draw_curve(axes, curve, steps, _values(metrics, curve.field) * curve.factor)
+        if curve.dotted:
+            _draw_dots(axes, curve.dotted, steps, _values(metrics, curve.dotted) * curve.factor)
     for axes in panels[1]:
         axes.set_xlabel("step")
     data = io.BytesIO()
     # The library's version would otherwise stand in the file.
     figure.savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()
+
+
+def _values(metrics: Sequence[Mapping[str, Any]], field: str) -> np.ndarray:
+    return np.array([_number(line.get(field)) for line in metrics], dtype=float)
 
 
 def _number(value: object) -> float:
@@ -111,6 +123,19 @@ def _draw_curve(axes: Axes, curve: Curve, steps: np.ndarray, values: np.ndarray)
     axes.plot(steps[known], smoothed(np.clip(values[known], low, high)), color=curve.color, linewidth=2.0)
     room = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
     axes.set_ylim(low - room, high + room)
+
+
+def _draw_dots(axes: Axes, field: str, steps: np.ndarray, values: np.ndarray) -> None:
+    """Draw the few values there are over a panel, which makes room for them."""
+    known = np.isfinite(values)
+    if not known.any():
+        return
+    name = field.replace("_", " ")
+    axes.plot(steps[known], values[known], color="black", linewidth=1.0, marker="o", markersize=3.5, label=name)
+    low, high = axes.get_ylim()
+    room = 0.05 * (high - low)
+    axes.set_ylim(min(low, values[known].min() - room), max(high, values[known].max() + room))
+    axes.legend(frameon=False, fontsize=9)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -155,6 +180,36 @@ def grid(
             middle = left + wide / 2
             draw.text((middle, top + tall + MARGIN_PX // 2 + number * line_px), text, INK, font, anchor="ma")
     return sheet
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Sequence[str]) -> Image.Image:
+    """Return rows of small pictures, each row under its title; `labels` name the columns.
+
+    Pictures are RGB, uint8 [H, W, 3]; they are shown with sides of at most 256 pixels.
+    """
+    from PIL import Image, ImageDraw
+
+    strips = [grid([_small(picture) for picture in pictures], labels, len(labels)) for _, pictures in rows]
+    wide = max(strip.width for strip in strips)
+    font = _font(TITLE_PX)
+    titles = [wrap(printable(title), font, wide - 2 * MARGIN_PX) for title, _ in rows]
+    line_px = math.ceil(1.3 * TITLE_PX)
+    heads = [len(lines) * line_px + MARGIN_PX for lines in titles]
+    sheet = Image.new("RGB", (wide, sum(heads) + sum(strip.height for strip in strips)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for head, lines, strip in zip(heads, titles, strips, strict=True):
+        for number, text in enumerate(lines):
+            draw.text((MARGIN_PX, top + MARGIN_PX + number * line_px), text, INK, font)
+        sheet.paste(strip, (0, top + head))
+        top += head + strip.height
+    return sheet
+
+
+def _small(picture: np.ndarray) -> Image.Image:
+    image = _image(picture)
+    image.thumbnail((SMALL_PX, SMALL_PX))
+    return image
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from schemas import results
 from schemas.errors import Damaged
 from schemas.tables import EMBEDDING_INDEX
-from stages.console.charts import grid, save_png
+from stages.console.charts import contact_sheet, grid, save_png
 from stages.contract.artifacts import holder, restore_file
 from stages.contract.digests import digest_of, sha256_bytes
 from stages.contract.job import Job
@@ -38,6 +38,8 @@ from stages.training.data import embedding_row, widened
 VERSION = 1
 FOLDER = "fragments/previews"
 NO_LORA = "none"
+# Of the contact sheet: 16 small pictures fill a wide screen twice.
+MOST_COLUMNS = 16
 PNG_END = bytes.fromhex("0000000049454e44ae426082")
 
 
@@ -200,6 +202,25 @@ def write_grid(stores: Sequence[Path], scene: Scene, lora_digest: str, path: Pat
     """Write the labelled grid of a step's pictures; only several prompts have one."""
     pictures = [find_picture(stores, key) for key in scene.keys(lora_digest)]
     save_png(grid([_open(each) for each in pictures if each], [text for text, _ in scene.prompts]), path, {})
+
+
+def write_sheet(stores: Sequence[Path], scene: Scene, shots: Sequence[tuple[int, str]], path: Path) -> None:
+    """Write the contact sheet of `shots`, (step, tensor digest of its LoRA): a row a prompt, a column a step.
+
+    Steps that lack a picture are left out, and of very many all but some, evenly spread.
+    """
+    found = {step: [find_picture(stores, key) for key in scene.keys(digest)] for step, digest in _spread(shots)}
+    columns = {step: [_open(each) for each in pictures if each] for step, pictures in found.items() if all(pictures)}
+    if columns and scene.prompts:
+        rows = [(text, [column[row] for column in columns.values()]) for row, (text, _) in enumerate(scene.prompts)]
+        save_png(contact_sheet(rows, [f"step {step}" for step in columns]), path, {})
+
+
+def _spread(shots: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    if len(shots) <= MOST_COLUMNS:
+        return list(shots)
+    gap = (len(shots) - 1) / (MOST_COLUMNS - 1)
+    return [shots[round(number * gap)] for number in range(MOST_COLUMNS)]
 
 
 def place(job: Job, scene: Scene, lora_digest: str, step: int) -> None:

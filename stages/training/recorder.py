@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import msgspec
 
 from schemas import results
 from schemas.version import VERSION
+from stages.console.charts import training_curves
 from stages.console.progress import Measures, Progress
 from stages.contract.artifacts import Plan, restore_file
 from stages.contract.digests import canonical_json, digest_of
@@ -18,9 +21,16 @@ from stages.lora.formats.bfl import metadata, to_tensors
 from stages.lora.layer import Factors
 from stages.lora.merge import portable
 from stages.stores.tensors import Tensor, from_mlx
-from stages.training.checkpoints import Checkpoint, Snapshot, metrics_lines, trajectory_of, write_checkpoint
+from stages.training.checkpoints import (
+    Checkpoint,
+    Snapshot,
+    list_checkpoints,
+    metrics_lines,
+    trajectory_of,
+    write_checkpoint,
+)
 from stages.training.loop import Line
-from stages.training.previews import NO_LORA, Painter, place, scene_of
+from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
 from stages.training.step import Trainer
 
 
@@ -34,13 +44,15 @@ class Recorder:
         self._bar = bar
         self._metrics: list[Line] = []
         self._live = job.run_folder / results.METRICS
+        self._shots: list[tuple[int, str]] = []
         self.last: Checkpoint
 
     def begin(self, metrics: list[Line]) -> None:
         """Start from the lines of the steps already done; draw the model without a LoRA."""
         self._metrics = metrics
         write_file(self._live, metrics_lines(metrics))
-        self._draw(None, 0)
+        self._shots = [(0, NO_LORA), *self._shots_before()]
+        self._draw(None, 0, NO_LORA)
 
     def line(self, line: Line) -> None:
         """Append a step's line, and show it."""
@@ -66,7 +78,12 @@ class Recorder:
         if public:
             target = self._job.run_folder / results.checkpoint(step)
             restore_file(self.last.lora, target, self._job.digests)
-            self._draw(self.last, step)
+            if step < self._job.config.train.steps:
+                # Those of the last step are a part of what the stage makes.
+                training_curves(self._metrics, self._job.run_folder / results.CURVES)
+            lora, digest = self.last.shown(ema=self._job.config.preview.ema)
+            self._shots.append((step, digest))
+            self._draw(lora, step, digest)
 
     def _file(self, factors: Factors) -> dict[str, Tensor]:
         """Return the tensors of a LoRA file."""
@@ -74,7 +91,13 @@ class Recorder:
         tensors = to_tensors(portable(self._trainer.transformer, factors), dtype=dtype)
         return {name: from_mlx(array) for name, array in tensors.items()}
 
-    def _draw(self, checkpoint: Checkpoint | None, step: int) -> None:
+    def _shots_before(self) -> list[tuple[int, str]]:
+        """Return the steps already shown, each with the digest of its LoRA."""
+        every, done, ema = self._job.config.train.checkpoint_every, self._trainer.steps, self._job.config.preview.ema
+        found = list_checkpoints(self._job.stores, trajectory_of(self._plan.params, self._plan.inputs))
+        return [(each.step, each.shown(ema=ema)[1]) for each in found if each.step <= done and each.step % every == 0]
+
+    def _draw(self, lora: Path | None, step: int, digest: str) -> None:
         """Draw the previews of a saved LoRA on the transformer in memory, unless they are wanted later."""
         if not (self._job.config.preview.during_training and self._job.config.preview.prompts):
             return
@@ -86,11 +109,10 @@ class Recorder:
             transformer=lambda: self._trainer.transformer,
             decoder=lambda: load_autoencoder(model, encoder=False, decoder=True),
         )
-        ema = self._job.config.preview.ema
-        lora, digest = (None, NO_LORA) if checkpoint is None else checkpoint.shown(ema=ema)
         with self._bar.paused(f"drawing previews of step {step}"):
             painter.paint(lora, digest)
         place(self._job, scene, digest, step)
+        write_sheet(self._job.stores, scene, self._shots, self._job.run_folder / results.PREVIEWS)
 
 
 def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.console.charts import PAPER, grid, save_png, smoothed, training_curves
+from stages.console.charts import PAPER, contact_sheet, grid, save_png, smoothed, training_curves
 
 LONG = "a photograph of blue_cat wearing a tiny red hat in a field of sunflowers at golden hour, 85 mm, very sharp"
 
@@ -49,6 +49,18 @@ def test_curves_show_the_values(tmp_path: Path):
     training_curves(metrics(50), tmp_path / "one.png")
     training_curves([*metrics(49), {**metrics(50)[-1], "loss": 0.9}], tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+
+
+def test_validation_losses_are_drawn_where_there_are_some(tmp_path: Path):
+    lines = metrics(50)
+    lines[5]["validation_loss"], lines[20]["validation_loss"] = 0.7, 0.5
+    training_curves(lines, tmp_path / "with.png")
+    training_curves([{**line, "validation_loss": None} for line in lines], tmp_path / "without.png")
+    drawn, left_out = (ink(Image.open(tmp_path / name).convert("RGB")) for name in ("with.png", "without.png"))
+    changed = drawn != left_out
+    # The panel of the loss alone, the upper left one.
+    assert changed[:340, :600].any()
+    assert not changed[:, 620:].any()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +130,15 @@ def test_pictures_of_several_sizes_are_centred():
 
 def test_a_label_from_outside_is_escaped():
     assert grid([picture(64, 64)], ["\x1b\u202e"]).tobytes() == grid([picture(64, 64)], ["\\x1b\\u202e"]).tobytes()
+
+
+def test_contact_sheet_puts_titles_over_rows_of_small_pictures():
+    rows = [("a red cat", [picture(512, 512)] * 3), (LONG, [picture(300, 512)] * 3)]
+    sheet = contact_sheet(rows, ["step 0", "step 10", "step 20"])
+    assert sheet.width == 3 * (256 + 12) + 12
+    red = (np.asarray(sheet) == (200, 30, 40)).all(axis=2)
+    assert red.sum() == 3 * 256 * 256 + 3 * 150 * 256
+    assert ink(sheet)[:24].any()
 
 
 @pytest.mark.parametrize(("pictures", "labels"), [([], []), ([picture(8, 8)], [])])

@@ -25,7 +25,8 @@ def stored(project: Project) -> list[Path]:
 
 def test_one_prompt_gives_a_picture_a_step_and_the_latest(finished: Project) -> None:
     shown = {path.name for path in finished.results.glob("*.png")}
-    assert shown == {"preview_0.png", "preview_2.png", "preview_4.png", "preview_latest.png", "training_curves.png"}
+    singles = {"preview_0.png", "preview_2.png", "preview_4.png", "preview_latest.png"}
+    assert shown == singles | {"previews.png", "training_curves.png"}
     latest, last = (finished.results / name for name in ("preview_latest.png", "preview_4.png"))
     assert latest.read_bytes() == last.read_bytes()
     assert pixels(last).shape == (32, 32, 3)
@@ -45,6 +46,24 @@ def test_several_prompts_give_single_pictures_and_a_grid(project: Project) -> No
         assert pixels(project.results / f"preview_{step}.png").shape[1] > 64
     grids = [(project.results / name).read_bytes() for name in ("preview_latest.png", "preview_4.png")]
     assert grids[0] == grids[1]
+
+
+def test_contact_sheet_has_a_row_a_prompt_and_a_column_a_step(project: Project) -> None:
+    one = pixels(project.results / "previews.png").shape
+    project.make("encode-text", "train", "preview", sets=(TWO_PROMPTS, "train.checkpoint_every=1", "train.rank=2"))
+    five = pixels(project.results / "previews.png").shape
+    assert five[1] - 12 == 5 * (one[1] - 12) / 3
+    assert five[0] == 2 * one[0]
+
+
+def test_training_shows_the_same_contact_sheet_as_it_grows(untrained: Project, finished: Project) -> None:
+    untrained.make("train", sets=("train.steps=2",))
+    two = pixels(untrained.results / "previews.png")
+    # Resumed: the steps before are on it too.
+    untrained.make("train")
+    whole = (untrained.results / "previews.png").read_bytes()
+    assert whole == (finished.results / "previews.png").read_bytes()
+    assert two.shape[1] < pixels(untrained.results / "previews.png").shape[1]
 
 
 def test_pictures_are_the_same_whether_training_drew_them_or_not(untrained: Project, finished: Project) -> None:
