@@ -34,7 +34,9 @@ def snapshot(step: int, *, public: bool = True) -> Snapshot:
     state = {"lora.x": Tensor("F32", np.full((2, 3), step, np.float32))}
     lora = {"diffusion_model.x": Tensor("BF16", np.full((2, 3), step, np.uint16))}
     metrics = [{"step": each, "loss": 1.0 / each} for each in range(1, step + 1)]
-    return Snapshot(step, public, state, lora, {"format": "pt"}, metrics)
+    return Snapshot(
+        step=step, public=public, state=state, lora=lora, ema=None, metadata={"format": "pt"}, metrics=metrics
+    )
 
 
 def write(store: Path, *steps: int) -> list[Checkpoint]:

@@ -62,7 +62,10 @@ class Run:
 
         def on_checkpoint(step: int, public: bool) -> None:  # noqa: FBT001
             state = {name: from_mlx(array) for name, array in trainer.state().items()}
-            write_checkpoint(self.store, TRAJECTORY, Snapshot(step, public, state, state, {}, self.lines))
+            snapshot = Snapshot(
+                step=step, public=public, state=state, lora=state, ema=None, metadata={}, metrics=self.lines
+            )
+            write_checkpoint(self.store, TRAJECTORY, snapshot)
             self.checkpoints.append((step, public))
 
         data = corpus.data(self.store, self.tables)
