@@ -8,6 +8,10 @@ PREVIEWS = "previews.png"
 VERIFY = "verify.json"
 TRAJECTORY = "trajectory.json"
 LATEST_PREVIEW = "preview_latest.png"
+# Only while a training is under way.
+CONTROL_LOCK = ".control.lock"
+CONTROL_REQUEST = "control.json"
+CONTROL_ANSWER = "control_answer.json"
 
 
 def lora(run: str) -> str:

@@ -5,27 +5,33 @@ Losses are read one step late, so that the host prepares a step while the one be
 
 from __future__ import annotations
 
+import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import assert_never
 
 import mlx.core as mx
+import numpy as np
 
-from schemas.errors import Diverged, Stopped
+from schemas.errors import NoResources, Stopped
 from schemas.train import Train
 from stages.dataset.order import PhasedOrder
-from stages.lora.layer import learnt
 from stages.training import objective
+from stages.training.control import LOOK_SECONDS, Control
 from stages.training.data import Batch, Sample, TrainingData, ahead
+from stages.training.guards import Guards, Line
 from stages.training.interruption import Interruption
+from stages.training.memory import is_out_of_memory
 from stages.training.objective import joined, prepare, preserving
 from stages.training.randomness import distinct, dropped, uniform
 from stages.training.step import StepResult, Trainer
 from stages.training.timesteps import Moment
 
-Line = dict[str, float]
-# A rate that is too high shows in a few steps; one bad batch does not end a run.
-MOST_NOT_FINITE = 3
+# In a row: another program may want the memory, or fill the disk, for a while.
+MOST_STARVED = 3
+MOST_UNSAVED = 3
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,17 @@ class Window:
     batches: list[Batch]
 
 
+def _unheard(_: str) -> None:
+    """Warn nobody."""
+
+
 @dataclass
 class Loop:
-    """A training under way. `on_line` hears every metrics line, `on_checkpoint` (step, public) when one is due."""
+    """A training under way. `on_line` hears every metrics line, `on_checkpoint` (step, public) when one is due.
+
+    `control` is where requests come from between steps; `warn` takes a line for the person. A step that finds no
+    memory changes nothing but still counts: the steps after it draw what they would have drawn.
+    """
 
     trainer: Trainer
     data: TrainingData
@@ -47,36 +61,144 @@ class Loop:
     on_line: Callable[[Line], None]
     on_checkpoint: Callable[[int, bool], None]
     metrics: list[Line] = field(default_factory=list[Line])
+    control: Control | None = None
+    warn: Callable[[str], None] = _unheard
 
     def run(self) -> None:
         """Train from the trainer's step to `settings.steps`.
 
-        Raises Stopped after a durable checkpoint when a signal came, Diverged after three steps in a row that were
-        not finite or when nothing was learnt.
+        Raises Stopped after a durable checkpoint when a signal or a request to stop came, Diverged after three steps
+        in a row that were not finite or when nothing was learnt, NoResources after three in a row without memory or
+        three checkpoints that could not be saved.
         """
         order = self.data.order(self.settings, self.seed)
         start, stop = self.trainer.steps, self.settings.steps
-        self._not_finite = 0
-        with Interruption() as interruption:
-            late: tuple[int, StepResult] | None = None
-            self._began = time.monotonic()
+        self._guards = Guards(self.trainer.factors)
+        self._late: tuple[int, StepResult] | None = None
+        self._saved = (start, True)
+        self._unsaved = self._starved = 0
+        self._paused = False
+        self._began = time.monotonic()
+        with Interruption() as self._interruption:
             for step, window in enumerate(ahead(lambda step: self._read(order, step), start, stop), start):
-                result = self.trainer.step(self._prepared(window, step))
-                if late is not None:
-                    self._record(*late)
-                late = (step + 1, result)
-                due = (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == stop
-                if due or interruption.signal_number is not None:
-                    self._record(*late)
-                    late = None
-                    self._check_progress()
-                    self.on_checkpoint(step + 1, due)
-                if interruption.signal_number is not None and step + 1 < stop:
-                    raise Stopped(
-                        interruption.signal_number,
-                        f"stopped after step {step + 1} of {stop}; everything up to it is saved",
-                        fix="run the same command again to go on",
-                    )
+                self._take(window, step)
+                done = step + 1
+                if done == stop:
+                    self._save(done, public=True)
+                elif done % self.settings.checkpoint_every == 0:
+                    self._try_to_save(done)
+                self._attend(done)
+                if self._interruption.signal_number is not None and done < stop:
+                    self._stop(done, self._interruption.signal_number)
+
+    def _take(self, window: Window, step: int) -> None:
+        """Take optimizer step `step` (from 0); read the numbers of the one before while it runs."""
+        try:
+            result = self.trainer.step(self._prepared(window, step))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = str(error)
+        else:
+            self._settle()
+            self._late = (step + 1, result)
+            self._starved = 0
+            return
+        # Only here is what the failed step held let go of: the exception kept it.
+        self._starve(step + 1, why)
+
+    def _starve(self, step: int, why: str) -> None:
+        """Leave out a step that found no memory. Raises NoResources at the third in a row, after a checkpoint."""
+        self._settle()
+        mx.clear_cache()
+        self._starved += 1
+        self.trainer.skip()
+        if self._starved == MOST_STARVED:
+            # They are to be taken again once there is memory: the checkpoint is as of the step before them.
+            self.trainer.skip(-MOST_STARVED)
+            self.metrics[:] = [line for line in self.metrics if line["step"] <= step - MOST_STARVED]
+            self._save(step - MOST_STARVED, public=False)
+            raise NoResources(
+                "memory.full",
+                f"no memory for {MOST_STARVED} training steps in a row, last step {step}",
+                why=why,
+                fix="set train.gradient_checkpointing = true, or lower train.batch_size or validate.resolutions, "
+                "or close other programs; run the same command again to go on",
+            )
+        self.warn(f"step {step} found no memory and was left out: {why}")
+        self._hand_on(self._line(step, math.nan, 0.0, math.nan))
+
+    def _attend(self, step: int) -> None:
+        """Do what is asked between two steps; while paused, wait for more."""
+        self._obey(step)
+        if self._paused and self.control is not None:
+            self._settle()
+            mx.clear_cache()
+            with self.control.paused("paused"):
+                while self._paused and self._interruption.signal_number is None:
+                    time.sleep(LOOK_SECONDS)
+                    self._obey(step)
+            self._paused = False
+            self._began = time.monotonic()
+
+    def _obey(self, step: int) -> None:
+        """Do what is asked now, if anything. Raises Stopped when that is to stop."""
+        request = None if self.control is None else self.control.request()
+        if self.control is None or request is None:
+            return
+        match request.action:
+            case "pause" | "resume":
+                self._paused = request.action == "pause"
+                said = f"{'paused' if self._paused else 'going on'} after step {step}"
+            case "checkpoint":
+                said = self._try_to_save(step, public=False)
+            case "preview":
+                said = self._try_to_save(step)
+            case "stop":
+                self._save(step, public=False)
+                said = f"stopped after step {step}; it is saved"
+            case _:
+                assert_never(request.action)
+        self.control.answer(request, step, said)
+        if request.action == "stop" and step < self.settings.steps:
+            self._stop(step, signal.SIGTERM)
+
+    def _stop(self, step: int, signal_number: int) -> None:
+        """Raise Stopped once the step is saved."""
+        self._save(step, public=False)
+        raise Stopped(
+            signal_number,
+            f"stopped after step {step} of {self.settings.steps}; everything up to it is saved",
+            fix="run the same command again to go on",
+        )
+
+    def _try_to_save(self, step: int, *, public: bool = True) -> str:
+        """Save, or leave that to the next checkpoint when there is no room; say which.
+
+        Raises NoResources at the third failure in a row. Nothing older is ever deleted to make room.
+        """
+        try:
+            self._save(step, public=public)
+        except NoResources as error:
+            self._unsaved += 1
+            if self._unsaved == MOST_UNSAVED:
+                raise
+            said = f"step {step} could not be saved, training goes on: {error.faults[0].line()}"
+            self.warn(said)
+            return said
+        return f"step {step} is saved"
+
+    def _save(self, step: int, *, public: bool) -> None:
+        """Hand on a checkpoint unless it was already. Raises Diverged rather than keep a useless one."""
+        if self._saved >= (step, public):
+            return
+        self._settle()
+        self._guards.saving(self.trainer.state())
+        if public:
+            self._guards.progress(self.trainer.factors)
+        self.on_checkpoint(step, public)
+        self._saved = (step, public)
+        self._unsaved = 0
 
     def _read(self, order: PhasedOrder, step: int) -> Window:
         """Return the window of optimizer step `step` (from 0) as numpy; runs in the reading thread."""
@@ -121,33 +243,27 @@ class Loop:
             if read.class_text is not None
         ]
 
-    def _record(self, step: int, result: StepResult) -> None:
-        """Read a step's numbers and hand on its line. Raises Diverged after too many that are not finite."""
-        line = {
+    def _settle(self) -> None:
+        """Read the numbers of the last step. Raises Diverged after too many that are not finite."""
+        if self._late is None:
+            return
+        (step, result), self._late = self._late, None
+        loss, norm = float(np.array(result.loss)), float(np.array(result.grad_norm))
+        line = self._line(step, loss, result.learning_rate, norm)
+        self._guards.step(line, finite=bool(np.array(result.finite)))
+        self._hand_on(line)
+
+    def _line(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> Line:
+        began, self._began = self._began, time.monotonic()
+        return {
             "step": step,
-            "loss": result.loss.item(),
-            "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm.item(),
-            "seconds": round(time.monotonic() - self._began, 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "seconds": round(self._began - began, 4),
             "peak_bytes": mx.get_peak_memory(),
         }
-        self._began = time.monotonic()
-        self._not_finite = 0 if result.finite.item() else self._not_finite + 1
-        if self._not_finite >= MOST_NOT_FINITE:
-            raise Diverged(
-                "train.not_finite",
-                f"loss or gradient was not finite in {MOST_NOT_FINITE} steps in a row, last step {step}",
-                why=f"loss {line['loss']}, gradient norm {line['grad_norm']}",
-                fix="lower train.learning_rate and run again; the checkpoints before are whole",
-            )
+
+    def _hand_on(self, line: Line) -> None:
         self.metrics.append(line)
         self.on_line(line)
-
-    def _check_progress(self) -> None:
-        """Raise Diverged when every up-matrix is still zero: the LoRA would do nothing."""
-        if not learnt(self.trainer.factors):
-            raise Diverged(
-                "train.no_progress",
-                "nothing was learnt: every up-matrix is still zero",
-                fix="raise train.learning_rate, or look at the losses in metrics.jsonl",
-            )

@@ -84,15 +84,20 @@ class Trainer:
         settings = self._settings
         rate = learning_rate(settings.schedule, settings.peak_rate, self._steps, settings.steps)
         total, gradients = self._accumulate(batches)
-        self._factors, self._optimizer, self._average, norm, finite = self._apply(
+        factors, state, average, norm, finite = self._apply(
             total, gradients, self._factors, self._optimizer, self._average, mx.array(rate)
         )
+        self._launch([total, norm, finite, *factors.values(), *state.values(), *average.values()])
+        # Only now: a step that found no memory has changed nothing.
+        self._factors, self._optimizer, self._average = factors, state, average
         self._steps += 1
         assign(self._transformer, self._factors)
-        self._launch(
-            [total, norm, finite, *self._factors.values(), *self._optimizer.values(), *self._average.values()]
-        )
         return StepResult(total, norm, finite, rate)
+
+    def skip(self, steps: int = 1) -> None:
+        """Count `steps` that were not taken, after `step` raised; a negative number takes skipped ones back."""
+        self._steps += steps
+        assign(self._transformer, self._factors)
 
     def state(self) -> dict[str, mx.array]:
         """Return everything a later step depends on: float32 factors, optimizer state, average, step count."""
