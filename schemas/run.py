@@ -14,7 +14,7 @@ from schemas.train import Train
 from schemas.validate import Validate
 from schemas.verify import Verify
 
-RUN_NAME = r"^[a-z0-9][a-z0-9-]*$"
+RUN_NAME = r"^[a-z0-9][a-z0-9-]*\Z"
 
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 

@@ -11,7 +11,7 @@ from msgspec import Meta
 from schemas.base import Strict
 
 Resolution = Annotated[int, Meta(ge=32, le=4096, multiple_of=16)]
-Colour = Annotated[str, Meta(pattern=r"^#[0-9a-fA-F]{6}$")]
+Colour = Annotated[str, Meta(pattern=r"^#[0-9a-fA-F]{6}\Z")]
 
 
 class Tags(Strict, frozen=True):
