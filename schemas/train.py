@@ -15,6 +15,7 @@ from schemas.ema import Ema
 from schemas.objective import Loss, Mse, Output, Unweighted, Weighting
 from schemas.optimizers import AdamW, Optimizer, ScheduleFree
 from schemas.resolutions import Phase, check
+from schemas.rotation import Rotation
 from schemas.schedules import Constant, Schedule
 from schemas.timesteps import Shift, Timesteps, Weighted
 
@@ -23,7 +24,7 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class Train(Strict, frozen=True):
-    """Keyed as a whole except `checkpoint_every` and, where the schedule allows, `steps`.
+    """Keyed as a whole except `checkpoint_every`, `rotation` and, where the schedule allows, `steps`.
 
     A `learning_rate` left out is the optimizer's own, filled in at once: keys hold the number.
     """
@@ -42,6 +43,7 @@ class Train(Strict, frozen=True):
     adapter: Adapter = LoRA()
     init_lora: Path | None = None
     checkpoint_every: Positive = 500
+    rotation: Rotation | None = None
     gradient_checkpointing: bool = True
     compile: bool = False
     caption_dropout: Fraction = 0.05

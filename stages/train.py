@@ -40,7 +40,7 @@ class Train:
         model = model_of(job)
         require_trainable(model, allow_distilled=job.config.model.allow_distilled)
         settings = {**keyed(job.config.train), "seed": job.config.run.seed}
-        del settings["checkpoint_every"], settings["init_lora"]
+        del settings["checkpoint_every"], settings["rotation"], settings["init_lora"]
         latents, _ = upstream(job, "encode-latents")
         text, _ = upstream(job, "encode-text")
         dataset, _ = upstream(job, "validate")
@@ -153,7 +153,9 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.lora.merge import attach
     from stages.lora.targets import portability, sizes
     from stages.stores.tensors import to_mlx
+    from stages.training.control import Control
     from stages.training.loop import Loop
+    from stages.training.preflight import preflight
     from stages.training.recorder import Recorder
     from stages.training.step import Trainer
 
@@ -165,6 +167,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     for line in portability(settings):
         job.warn(line)
     data = _data(job)
+    preflight(job, data, backend, start.step if start is not None else 0)
     transformer = load_transformer(model_of(job), backend.compute_dtype)
     attach(transformer, settings, seed=job.config.run.seed, start=_init_lora(job, transformer))
     trainer = Trainer(transformer, settings, job.config.run.seed)
@@ -172,11 +175,14 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     if start is not None:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
         metrics = start.metrics()
-    with progress("train", total=settings.steps, done=trainer.steps, quiet=job.flags.quiet) as bar:
+    with (
+        progress("train", total=settings.steps, done=trainer.steps, quiet=job.flags.quiet) as bar,
+        Control(job.run_folder, paused=bar.paused, say=job.say, warn=job.warn) as control,
+    ):
         recorder = Recorder(job, plan, trainer, bar)
         recorder.begin(metrics)
-        loop = Loop(trainer, data, settings, job.config.run.seed, recorder.line, recorder.checkpoint, metrics)
-        loop.run()
+        hears = (recorder.line, recorder.checkpoint, metrics)
+        Loop(trainer, data, settings, job.config.run.seed, *hears, control=control, warn=job.warn).run()
     return recorder.last
 
 

@@ -33,6 +33,7 @@ OPTIONS = {
     "--store --runs --json --quiet -q --debug",
     "fetch": "model --revision --debug",
     "timesteps": "--config -c --set --runs --draws --json --debug",
+    "control": "run action --runs --json --debug",
     "bench": "model --size --batch-size --rank --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}

@@ -31,6 +31,7 @@ from stages.training.checkpoints import (
 )
 from stages.training.loop import Line
 from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
+from stages.training.rotation import rotate
 from stages.training.step import Trainer
 
 
@@ -84,6 +85,8 @@ class Recorder:
             lora, digest = self.last.shown(ema=self._job.config.preview.ema)
             self._shots.append((step, digest))
             self._draw(lora, step, digest)
+        if settings.rotation is not None:
+            rotate(self._job.store, self._job.run_folder, settings.rotation, self.last, self._metrics)
 
     def _file(self, factors: Factors) -> dict[str, Tensor]:
         """Return the tensors of a LoRA file."""

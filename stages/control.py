@@ -1,0 +1,73 @@
+"""control: ask a training in another terminal to pause, go on, stop, save a checkpoint or draw previews."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from pathlib import Path
+
+import click
+import msgspec
+
+from schemas.control import ACTIONS, Action
+from schemas.errors import BadConfig
+from schemas.manifest import Result
+from stages.console import messages
+from stages.training.control import ask
+
+HELP = """Ask a training under way to do something between two steps; wait until it says what it did.
+
+\b
+pause       wait after the present step; signals and other requests still work
+resume      go on after a pause
+stop        save a checkpoint and end, as SIGTERM does (exit code 143); run it again to go on
+checkpoint  save everything needed to go on from here
+preview     save a checkpoint with its LoRA file and draw the preview prompts
+
+The LoRA comes out the same, to the bit, whatever is asked.
+
+\b
+Example:
+  flux2-lora control blue-cat pause
+"""
+
+
+@click.command("control", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
+@click.argument("run")
+@click.argument("action", type=click.Choice(ACTIONS))
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of results.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+def COMMAND(run: str, action: Action, runs: Path, *, as_json: bool) -> int:
+    """Be the `control` command."""
+    started = time.monotonic()
+    answer = ask(_run_folder(runs, run), action, messages.say)
+    messages.say(answer.said)
+    if as_json:
+        result = Result(
+            stage="control",
+            status="built",
+            key=None,
+            path=str((runs / run).absolute()),
+            digest=None,
+            counts={"steps": answer.step},
+            seconds=round(time.monotonic() - started, 3),
+            error=None,
+        )
+        messages.result(msgspec.json.encode(result))
+    return 0
+
+
+def _run_folder(runs: Path, run: str) -> Path:
+    """Return the run's folder. Raises BadConfig, naming those there are."""
+    names = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+    if run in names:
+        return runs / run
+    near = difflib.get_close_matches(run, names, n=1)
+    raise BadConfig(
+        "control.unknown_run",
+        f"there is no run {run}",
+        where=str(runs),
+        why=f"there are {', '.join(names) or 'none'}",
+        fix=f"did you mean {near[0]}?" if near else "name one of them, or the folder of results with --runs",
+    )

@@ -1,0 +1,85 @@
+"""What is checked before the model is loaded: that a step fits into memory, and the checkpoints onto the disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from schemas.errors import NoResources
+from schemas.rotation import Rotation
+from schemas.train import Train
+from stages.contract.job import Job
+from stages.contract.publish import make_folder, no_resources
+from stages.flux2.backend import Backend
+from stages.flux2.identity import model_of
+from stages.training.data import TrainingData
+from stages.training.memory import Demand, Sizes, device_bytes, require, sizes
+
+# Of metrics per step; every checkpoint holds those of all steps before it.
+LINE_BYTES = 160
+
+
+def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -> None:
+    """Raise NoResources where the training of `job` would surely run out of memory or disk; warn where it may."""
+    settings, variant = job.config.train, model_of(job).variant
+    parts = sizes(variant, settings, backend.compute_dtype)
+    require_disk(job, needs(settings, parts, steps_done))
+    demand = Demand(
+        config=variant.transformer,
+        device=backend.device,
+        sizes=parts,
+        tokens=max(height * width for _, (height, width) in data.buckets),
+        text_tokens=variant.text_encoder.length,
+        batch=settings.batch_size,
+        rank=settings.rank,
+        checkpointing=settings.gradient_checkpointing,
+    )
+    require(demand, device_bytes(backend), job.warn)
+
+
+def needs(settings: Train, parts: Sizes, steps_done: int) -> tuple[int, int]:
+    """Return the bytes that the checkpoints still to come will take, in the store and in the run folder."""
+    every = settings.checkpoint_every
+    coming = settings.steps // every - steps_done // every + (settings.steps % every > 0)
+    count = min(coming, math.inf if settings.rotation is None else most_kept(settings.rotation, settings))
+    files = parts.file * (1 if settings.ema is None else 2)
+    store = count * (parts.state + files + LINE_BYTES * settings.steps)
+    # A rotation by size bounds the store's part; one more is written before anything is deleted.
+    rotation = settings.rotation
+    if rotation is not None and rotation.max_gigabytes is not None:
+        store = min(store, rotation.max_gigabytes * 1e9 + parts.state + files)
+    # The finished LoRA once more, in both places.
+    return int(store) + files, int(count) * parts.file + files
+
+
+def most_kept(rotation: Rotation, settings: Train) -> float:
+    """Return how many checkpoints can be there at once, the one just written included."""
+    if rotation.keep_last is None and rotation.keep_every is None:
+        return math.inf
+    multiples = settings.steps // rotation.keep_every if rotation.keep_every is not None else 0
+    return (rotation.keep_last or 1) + multiples + len(rotation.pin) + rotation.keep_best + 1
+
+
+def require_disk(job: Job, need_bytes: tuple[int, int]) -> None:
+    """Raise NoResources unless store and run folder have room for so many bytes, together where they share a disk."""
+    places = (job.store, job.run_folder)
+    for place in places:
+        with no_resources(place):
+            make_folder(place)
+    shared = _disk(job.store) == _disk(job.run_folder)
+    wanted = [(job.store, sum(need_bytes))] if shared else list(zip(places, need_bytes, strict=True))
+    for place, need in wanted:
+        free = shutil.disk_usage(place).free
+        if need > free:
+            raise NoResources(
+                "disk.full",
+                f"need about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB free",
+                where=str(place),
+                why="for the checkpoints of this training",
+                fix="free some space, raise train.checkpoint_every, or set train.rotation.keep_last",
+            )
+
+
+def _disk(folder: Path) -> int:
+    return folder.stat().st_dev
