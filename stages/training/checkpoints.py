@@ -1,7 +1,8 @@
 """Checkpoints: everything a training needs to go on, published whole, found by trajectory and step.
 
 `<store>/checkpoints/<trajectory>/<step>/` holds the training state in float32, the LoRA people use, and the metrics
-up to that step. A step's folder name is its number without padding.
+up to that step. A step's folder name is its number without padding. Finding checkpoints imports nothing heavy: a
+stage that is up to date does it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,8 +20,10 @@ from schemas.schedules import Schedule
 from stages.contract.artifacts import MANIFEST, record
 from stages.contract.digests import canonical_json, digest_of, sha256_bytes, sha256_file
 from stages.contract.publish import publish_folder, workspace
-from stages.stores.tensors import Tensor, TensorFile, load, save, tensor_digest
 from stages.training.schedules import depends_on_total
+
+if TYPE_CHECKING:
+    from stages.stores.tensors import Tensor, TensorFile
 
 # Raised whenever the same trajectory would take other steps.
 VERSION = 1
@@ -79,6 +82,8 @@ class Checkpoint:
                 raise self._damaged(name, "missing or changed")
 
     def _load(self, name: str) -> TensorFile:
+        from stages.stores.tensors import load
+
         return load(self.folder / name, sha256=self.manifest.files[name].sha256)
 
     def _damaged(self, name: str, why: str) -> Damaged:
@@ -101,6 +106,8 @@ class Snapshot:
 
 def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkpoint:
     """Publish a checkpoint and return it; an equal one that is there already stays."""
+    from stages.stores.tensors import save, tensor_digest
+
     with workspace(store) as space:
         work = space / "checkpoint"
         work.mkdir()
