@@ -183,7 +183,8 @@ def test_each_lost_result_is_restored_and_every_altered_one(project: Project) ->
 
 def test_user_files_are_never_touched(project: Project) -> None:
     before = listing(project.pictures)
-    project.make(sets=("train.steps=1", "encode_latents.flip=true"))
+    project.make("validate", *ENCODERS, sets=("validate.resolutions=[48]", "encode_latents.flip=true"))
+    project.make()
     project.run("verify")
     assert listing(project.pictures) == before
 
@@ -224,7 +225,6 @@ def test_flipped_bit_in_a_fragment_stops_training_until_forced_anew(untrained: P
     assert refused.result["error"]["fix"].endswith("--force")
     assert untrained.run(stage, "--force").code == 0
     assert fragment(untrained, stage).read_bytes() == before
-    assert untrained.run("train", sets=ALL_READ).code == 0
 
 
 def test_run_name_and_places_change_no_digest(tmp_path: Path, finished: Project) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from schemas.tables import LATENT_INDEX
+from stages.console.progress import Progress
 from stages.flux2.variants import MICRO
 from stages.stores.tensors import Tensor, load, save
-from tests.stages.project import Project, draw, edit, listing, rows, truncate
+from tests.stages.project import Project, draw, edit, listing, new_project, rows, truncate
 
 
 def test_index_leads_to_arrays_that_zarr_itself_reads(finished: Project) -> None:
@@ -56,6 +59,32 @@ def test_forced_run_gives_the_same_digest(project: Project) -> None:
     forced = project.run("encode-latents", "--force")
     assert forced.counts == {"total": 4, "encoded": 4, "reused": 0}
     assert forced.result["digest"] == before.result["digest"]
+
+
+def test_stopped_encoding_keeps_every_finished_fragment(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "project")
+    edit(project.config, "resolutions = [32]", "resolutions = [48]")
+    for name in ("eve", "fay"):
+        picture = draw(project.pictures, name, (ord(name[0]), 120, 120))
+        with Image.open(picture) as square:
+            square.resize((96, 32)).save(picture)
+    project.make("validate")
+    advance = Progress.advance
+
+    def stop_at_last(bar: Progress, steps: int = 1, *, note: str = "") -> None:
+        advance(bar, steps, note=note)
+        if bar.done == bar.total:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "advance", stop_at_last)
+        stopped = project.run("encode-latents")
+    assert (stopped.code, stopped.error) == (143, "run.stopped")
+    assert not any((project.store / ".tmp").iterdir())
+    assert not (project.results / "encode-latents.json").exists()
+    ran = project.make("encode-latents")["encode-latents"]
+    # Two shapes of pictures make two fragments; the first one was whole.
+    assert ran.counts == {"total": 6, "encoded": 2, "reused": 4}
 
 
 def test_other_store_is_read_and_never_written(project: Project, tmp_path: Path) -> None:
