@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from schemas import results
-from schemas.errors import BadConfig, Damaged, Stale
+from schemas.errors import Damaged, Stale
 from schemas.manifest import Manifest
 from stages.contract.artifacts import Built, Plan, keyed, restore_file
-from stages.contract.digests import canonical_json, digest_of
+from stages.contract.digests import canonical_json
 from stages.contract.job import Job
 from stages.contract.publish import write_file
 from stages.contract.runner import differences, upstream
 from stages.flux2.folder import require_trainable
 from stages.flux2.identity import model_of, transformer_digest
+from stages.lora.init_lora import ROLE, init_lora_factors, init_lora_inputs
 
 if TYPE_CHECKING:
-    from stages.flux2.transformer import Transformer
-    from stages.lora.layer import Factors
     from stages.training.checkpoints import Checkpoint
     from stages.training.data import TrainingData
     from stages.training.loop import Line
@@ -50,7 +49,7 @@ class Train:
             "caption": text.roles["caption"],
             "empty": text.roles["empty"],
             "transformer": transformer_digest(job, model),
-            **_init_lora_digest(job),
+            **init_lora_inputs(job),
         }
         if job.config.train.preservation is not None:
             inputs["class"] = text.roles["class"]
@@ -169,7 +168,8 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     data = _data(job)
     preflight(job, data, backend, start.step if start is not None else 0)
     transformer = load_transformer(model_of(job), backend.compute_dtype)
-    attach(transformer, settings, seed=job.config.run.seed, start=_init_lora(job, transformer))
+    start_from = init_lora_factors(job, plan.inputs.get(ROLE), transformer.config)
+    attach(transformer, settings, seed=job.config.run.seed, start=start_from)
     trainer = Trainer(transformer, settings, job.config.run.seed)
     metrics: list[Line] = []
     if start is not None:
@@ -184,51 +184,6 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         hears = (recorder.line, recorder.checkpoint, metrics)
         Loop(trainer, data, settings, job.config.run.seed, *hears, control=control, warn=job.warn).run()
     return recorder.last
-
-
-def _init_lora(job: Job, transformer: Transformer) -> Factors | None:
-    """Return the factors of the LoRA to train on from. Raises Damaged when it is none of this model."""
-    path = _init_lora_path(job)
-    if path is None:
-        return None
-    from stages.lora.formats.read import read
-    from stages.stores.tensors import load, to_mlx
-
-    file = load(path)
-    tensors = {name: to_mlx(tensor) for name, tensor in file.tensors.items()}
-    return read(tensors, file.metadata, transformer.config, str(path))
-
-
-def _init_lora_path(job: Job) -> Path | None:
-    """Return where `train.init_lora` is. Raises BadConfig when there is no such file."""
-    name = job.config.train.init_lora
-    if name is None:
-        return None
-    path = job.base / name
-    if not path.is_file():
-        raise BadConfig(
-            "train.init_lora_absent",
-            "the LoRA to train on from does not exist",
-            where=str(path),
-            fix=f"correct train.init_lora in {job.config_path} (it is relative to that file)",
-        )
-    return path
-
-
-def _init_lora_digest(job: Job) -> dict[str, str]:
-    """Return the digest of what `train.init_lora` holds, whatever the file is called: its tensors and their scale."""
-    path = _init_lora_path(job)
-    if path is None:
-        return {}
-
-    def compute() -> str:
-        from stages.lora.formats.scale import ADAPTER_METADATA
-        from stages.stores.tensors import load, tensor_digest
-
-        file = load(path)
-        return digest_of("init-lora", [tensor_digest(file.tensors), file.metadata.get(ADAPTER_METADATA)])
-
-    return {"init_lora": job.digests.one(f"init-lora {path.absolute()}", [path], compute)}
 
 
 def _data(job: Job) -> TrainingData:

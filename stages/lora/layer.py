@@ -95,8 +95,11 @@ class PiSSALinear(LoRALinear):
 
     def __init__(self, base: nn.Module, lora_A: mx.array, lora_B: mx.array, scale: float) -> None:
         super().__init__(base, lora_A, lora_B, scale)
-        self._start_A = lora_A
-        self._start_B = lora_B
+        # Copies: mx.compile refuses a function that holds an array it is also given. Evaluated one linear at a time,
+        # so that the float32 weight they come from is freed before the next.
+        self._start_A = mx.array(lora_A)
+        self._start_B = mx.array(lora_B)
+        mx.eval(self._start_A, self._start_B)
 
     def portable(self, parts: Parts) -> Parts:
         """Return a plain LoRA of twice the rank that is the same on the untouched base, as peft converts PiSSA."""

@@ -94,8 +94,6 @@ def principal(weight: mx.array, rank: int, key: mx.array) -> tuple[mx.array, mx.
     roots = mx.maximum(squares[::-1][:rank], 0.0) ** 0.25
     a = (left.T @ small) / mx.maximum(roots, 1e-12)[:, None]
     b = (basis @ left) * roots
-    # One linear at a time: its float32 weight is freed before the next is made.
-    mx.eval(a, b)
     return a, b
 
 

@@ -13,7 +13,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from schemas.adapter import DoRA, LoKr
+from schemas.adapter import DoRA, LoKr, LoRA
 from schemas.errors import BadConfig, Fault
 from schemas.train import Train
 from stages.flux2.shapes import transformer_shapes
@@ -81,6 +81,12 @@ def sizes(config: TransformerConfig, settings: Train) -> dict[str, Size]:
         for name in fnmatch.filter(chosen, override.pattern):
             found[name] = Size(override.rank, override.alpha)
     return found
+
+
+def saved_rank(settings: Train) -> int:
+    """Return the rank of the adapters in the saved file, where no override sets another: PiSSA doubles it."""
+    pissa = isinstance(settings.adapter, LoRA) and settings.adapter.init == "pissa"
+    return 2 * settings.rank if pissa else settings.rank
 
 
 def portability(settings: Train) -> list[str]:

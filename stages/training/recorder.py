@@ -18,8 +18,10 @@ from stages.contract.publish import write_file
 from stages.flux2.identity import model_of
 from stages.flux2.load import load_autoencoder
 from stages.lora.formats.bfl import metadata, to_tensors
+from stages.lora.init_lora import ROLE
 from stages.lora.layer import Factors
 from stages.lora.merge import portable
+from stages.lora.targets import saved_rank
 from stages.stores.tensors import Tensor, from_mlx
 from stages.training.checkpoints import (
     Checkpoint,
@@ -72,7 +74,7 @@ class Recorder:
             state={name: from_mlx(array) for name, array in self._trainer.state().items()},
             lora=self._file(self._trainer.factors),
             ema=None if average is None else self._file(average),
-            metadata=metadata(settings.rank, _provenance(self._job, self._plan, step)),
+            metadata=metadata(saved_rank(settings), _provenance(self._job, self._plan, step)),
             metrics=self._metrics,
         )
         self.last = write_checkpoint(self._job.store, trajectory_of(self._plan.params, self._plan.inputs), snapshot)
@@ -120,7 +122,7 @@ class Recorder:
 
 def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:
     """What the LoRA file says of how it was made: settings and digests, no path or name of a person."""
-    inputs = {name: digest for name, digest in plan.inputs.items() if name != "transformer"}
+    inputs = {name: digest for name, digest in plan.inputs.items() if name not in ("transformer", ROLE)}
     return {
         "software": f"flux2-lora {VERSION}",
         "base_model": model_of(job).variant.name,

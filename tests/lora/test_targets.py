@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from schemas.adapter import DoRA, LoKr, LoRA, Override
 from schemas.errors import BadConfig
+from schemas.train import Train
 from stages.flux2.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
-from stages.lora.targets import linear_shapes, resolve
+from stages.lora.targets import linear_shapes, portability, resolve, saved_rank, sizes
 from tests.golden.tiny import KLEIN
 
 
@@ -59,3 +61,61 @@ def test_every_pattern_that_matches_nothing_is_named_with_its_neighbours() -> No
 def test_no_targets_at_all_is_refused() -> None:
     with pytest.raises(BadConfig, match="empty"):
         resolve(KLEIN, ())
+
+
+def test_all_adds_what_is_safe_outside_the_blocks_in_the_order_of_the_forward_pass() -> None:
+    names = resolve(KLEIN, "all")
+    assert names[:2] == ["img_in", "txt_in"]
+    assert names[2:-1] == resolve(KLEIN, "blocks")
+    assert names[-1] == "final_layer.linear"
+    assert linear_shapes(KLEIN)["final_layer.linear"] == (8, 32)
+
+
+def test_excluded_linears_are_left_out() -> None:
+    names = resolve(KLEIN, "blocks", exclude=("*.qkv", "double_blocks.1.*"))
+    assert set(resolve(KLEIN, "blocks")) - set(names) == {
+        name for name in resolve(KLEIN, "blocks") if name.endswith("qkv") or name.startswith("double_blocks.1.")
+    }
+
+
+def test_an_exclusion_of_nothing_or_of_everything_is_refused() -> None:
+    with pytest.raises(BadConfig) as caught:
+        resolve(KLEIN, "attention", exclude=("double_blocks.*_mlp.*", "*.qkv"))
+    (fault,) = caught.value.faults
+    assert (fault.code, fault.where) == ("train.no_such_target", "train.exclude")
+    with pytest.raises(BadConfig, match=r"train\.exclude leaves none"):
+        resolve(KLEIN, "attention", exclude=("*",))
+
+
+def test_sizes_are_those_of_the_last_override_that_matches() -> None:
+    overrides = (Override(pattern="*.linear*", rank=2, alpha=1.0), Override(pattern="*.1.linear1", rank=8, alpha=4.0))
+    found = sizes(KLEIN, Train(rank=4, alpha=2.0, overrides=overrides))
+    assert list(found) == resolve(KLEIN, "blocks")
+    assert found["double_blocks.1.img_attn.qkv"] == (4, 2.0)
+    assert found["single_blocks.1.linear2"] == (2, 1.0)
+    assert found["single_blocks.1.linear1"] == (8, 4.0)
+
+
+def test_overrides_of_what_is_not_a_target_are_refused() -> None:
+    overrides = (Override(pattern="double_blocks.0.img_mlp.*", rank=2, alpha=1.0),)
+    with pytest.raises(BadConfig, match=r"train\.overrides"):
+        sizes(KLEIN, Train(targets="attention", overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        (Train(rank=16), []),
+        (Train(rank=48, overrides=(Override(pattern="*", rank=6, alpha=6.0),)), ["rank 6 is", "rank 48 is"]),
+        (Train(adapter=DoRA(), rank=6), ["DoRA: diffusers drops"]),
+        (Train(adapter=LoKr(), rank=6), ["LoKr: ComfyUI and diffusers read it"]),
+    ],
+)
+def test_programs_that_cannot_show_the_lora_are_named(settings: Train, lines: list[str]) -> None:
+    found = portability(settings)
+    assert len(found) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(found, lines, strict=True))
+
+
+def test_the_saved_rank_is_that_of_the_file() -> None:
+    assert [saved_rank(Train(rank=4, adapter=each)) for each in (LoRA(), LoRA(init="pissa"), DoRA())] == [4, 8, 4]
