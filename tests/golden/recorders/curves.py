@@ -105,15 +105,15 @@ def measure(arrays: Sequence[mx.array]) -> float:
     return float(np.sqrt(np.average(values**2, weights=places)))
 
 
-def trace(settings: Train) -> np.ndarray:
+def trace(settings: Train, seed: int = SEED) -> np.ndarray:
     """Return the measures [steps, 11] float64 of a training."""
     model = tiny.transformer("klein")
-    attach(model, settings, seed=SEED)
-    trainer = Watched(model, settings, SEED)
+    attach(model, settings, seed=seed)
+    trainer = Watched(model, settings, seed)
     trainer.rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = corpus.data(Path(folder), tables(Path(folder)))
-        Loop(trainer, data, settings, SEED, lambda _line: None, lambda _step, _public: None).run()
+        Loop(trainer, data, settings, seed, lambda _line: None, lambda _step, _public: None).run()
     return np.array(trainer.rows)
 
 

@@ -1,0 +1,79 @@
+"""Settings whose effect shows in what a stage leaves behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.stores import tensors
+from tests.stages.project import Project, rows
+
+QUIET = "preview.during_training=false"
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", "F16"), ("bfloat16", "BF16"), ("float32", "F32")])
+def test_lora_is_saved_in_the_type_asked_for(untrained: Project, dtype: str, stored: str) -> None:
+    untrained.make("train", sets=(QUIET, "train.steps=1", f"train.save_dtype={dtype}"))
+    assert {tensor.dtype for tensor in tensors.load(untrained.lora).tensors.values()} == {stored}
+
+
+def picture(project: Project, *sets: str) -> np.ndarray:
+    """Return the picture of the model without LoRA."""
+    project.make("preview", sets=sets)
+    with Image.open(project.results / "preview_0.png") as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("setting", ["preview.seed=43", "preview.steps=3", "preview.guidance=1.5"])
+def test_every_setting_of_previews_draws_another_picture_of_the_same_lora(project: Project, setting: str) -> None:
+    before, lora = picture(project), project.lora.read_bytes()
+    after = picture(project, setting)
+    assert before.shape == after.shape == (32, 32, 3)
+    assert not np.array_equal(before, after)
+    assert np.array_equal(picture(project), before)
+    assert project.lora.read_bytes() == lora
+
+
+def test_previews_have_the_size_asked_for(project: Project) -> None:
+    assert picture(project, "preview.size=48").shape == (48, 48, 3)
+
+
+def test_picture_above_the_limit_of_megapixels_is_rejected(untrained: Project) -> None:
+    ran = untrained.run("validate", sets=("validate.max_megapixels=0.002",))  # 48 x 48 are 0.0023
+    assert (ran.code, len(ran.result["findings"])) == (3, 4)
+    assert untrained.run("validate", sets=("validate.max_megapixels=0.0024",)).code == 0
+
+
+def test_empty_caption_is_rejected_unless_allowed(untrained: Project) -> None:
+    (untrained.pictures / "ada.txt").write_text("")
+    assert untrained.run("validate").code == 3
+    ran = untrained.make("validate", sets=("validate.allow_empty_captions=true",))["validate"]
+    assert "zorb" in {row["text"].strip() for row in rows(ran.folder / "captions.parquet")}
+
+
+def test_picture_too_small_for_a_resolution_fills_it_only_by_upscaling(untrained: Project) -> None:
+    def widths(*sets: str) -> set[int]:
+        ran = untrained.make("validate", sets=("validate.resolutions=[64]", *sets))["validate"]
+        return {row["bucket_width"] for row in rows(ran.folder / "dataset.parquet")}
+
+    assert widths() == {48}
+    assert widths("validate.upscale=true") == {64}
+
+
+def test_background_shows_where_a_picture_is_transparent(untrained: Project) -> None:
+    pixels = np.zeros((48, 48, 4), np.uint8)
+    Image.fromarray(pixels).save(untrained.pictures / "ada.png")
+
+    def encoded(*sets: str) -> int:
+        return untrained.make("validate", "encode-latents", sets=sets)["encode-latents"].counts["encoded"]
+
+    assert encoded() == 1
+    assert encoded("validate.background=#ff0000") == 1
+    assert encoded("validate.background=#ff0000") == 0
+
+
+@pytest.mark.parametrize("setting", ["model.quantize=4bit", "encode_text.quantize=4bit"])
+def test_quantization_is_refused_as_long_as_there_is_none(untrained: Project, setting: str) -> None:
+    ran = untrained.run("encode-text", sets=(setting,))
+    assert (ran.code, ran.error) == (2, "config.wrong_value")
