@@ -70,3 +70,6 @@ class Prior(Strict, frozen=True, tag_field="kind", tag="prior"):
     """Train on pictures of the class beside those of the subject; each counts `weight` times."""
 
     weight: Weight = 1.0
+
+
+Preservation = Output | Prior

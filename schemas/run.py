@@ -9,6 +9,7 @@ from msgspec import Meta
 from schemas.base import Strict
 from schemas.encode_latents import EncodeLatents
 from schemas.encode_text import EncodeText
+from schemas.objective import Prior
 from schemas.preview import Preview
 from schemas.train import Train
 from schemas.validate import Validate
@@ -55,6 +56,10 @@ class Config(Strict, frozen=True):
         """Raise ValueError for settings of one table that need another's."""
         if self.preview.ema and self.train.ema is None:
             raise ValueError("preview.ema draws with the moving average: add [train.ema], or leave it out")
+        if self.train.mask is not None and self.validate.masks is None:
+            raise ValueError('[train.mask] needs masks: set validate.masks to "alpha" or "files"')
+        if isinstance(self.train.preservation, Prior) != (self.validate.class_dataset is not None):
+            raise ValueError('validate.class_dataset and a [train.preservation] of kind "prior" need each other')
         known = self.validate.resolutions
         for phase in self.train.resolutions:
             if unknown := sorted(set(phase.sizes) - set(known)):

@@ -41,11 +41,19 @@ DATASET = Table(
 )
 
 # How training draws the items; there only when some are not drawn once an epoch by themselves. `picture` is
-# the smallest item_id among the items that differ in their caption alone; a picture comes `times` times an epoch.
+# the smallest item_id among the items that differ in their caption alone; a picture comes `times` times an epoch;
+# `prior` pictures are of the class. `mask_path`, relative to the dataset, is "" where all of a picture counts.
 DRAWS = Table(
     name="draws.parquet",
     stage="validate",
-    columns={"item_id": "string", "picture": "string", "times": "int32"},
+    columns={
+        "item_id": "string",
+        "picture": "string",
+        "times": "int32",
+        "prior": "bool",
+        "mask_path": "string",
+        "mask_sha256": "string",
+    },
     unique=("item_id",),
 )
 
@@ -74,6 +82,11 @@ LATENT_INDEX = Table(
         "sha256": "string",
     },
     unique=("item_id", "flip"),
+)
+
+# Where the mask [1, height, width] of each item that has one lies, stored as latents are.
+MASK_INDEX = Table(
+    name="masks.parquet", stage="encode-latents", columns=LATENT_INDEX.columns, unique=LATENT_INDEX.unique
 )
 
 # Where each text's embedding [length, width] lies; `role` is caption, empty, prompt or class; `tokens` are not

@@ -12,7 +12,7 @@ from msgspec.structs import force_setattr
 from schemas.adapter import Adapter, Alpha, LoRA, Override, Path, Pattern, Rank
 from schemas.base import Strict
 from schemas.ema import Ema
-from schemas.objective import Loss, Mse, Output, Unweighted, Weighting
+from schemas.objective import Loss, Mask, Mse, Preservation, Unweighted, Weighting
 from schemas.optimizers import AdamW, Optimizer, ScheduleFree
 from schemas.resolutions import Phase, check
 from schemas.rotation import Rotation
@@ -29,7 +29,7 @@ class Train(Strict, frozen=True):
     A `learning_rate` left out is the optimizer's own, filled in at once: keys hold the number.
     """
 
-    NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType({"resolutions": ()})
+    NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType({"resolutions": (), "mask": None})
 
     steps: Positive = 1500
     batch_size: Annotated[int, Meta(ge=1, le=1024)] = 1
@@ -56,7 +56,8 @@ class Train(Strict, frozen=True):
     weighting: Weighting = Unweighted()
     loss: Loss = Mse()
     noise_offset: Fraction = 0.0
-    preservation: Output | None = None
+    mask: Mask | None = None
+    preservation: Preservation | None = None
     resolutions: Annotated[tuple[Phase, ...], Meta(max_length=16)] = ()
 
     def __post_init__(self) -> None:

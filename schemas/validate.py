@@ -11,6 +11,7 @@ from msgspec import Meta
 from schemas.base import Strict
 
 Resolution = Annotated[int, Meta(ge=32, le=4096, multiple_of=16)]
+MaskSource = Literal["alpha", "files"]
 Colour = Annotated[str, Meta(pattern=r"^#[0-9a-fA-F]{6}\Z")]
 
 
@@ -40,12 +41,16 @@ class Repeat(Strict, frozen=True):
 
 
 class Validate(Strict, frozen=True):
-    """Keyed as a whole except `dataset` (a path; the contents are keyed instead).
+    """Keyed as a whole except `dataset` and `class_dataset` (paths; the contents are keyed instead).
 
-    With `captions` "lines" each line of a caption that is not blank is a caption of its own.
+    With `captions` "lines" each line of a caption that is not blank is a caption of its own. `class_dataset` is a
+    second folder, of pictures of the class, whose captions get no trigger. `masks` say where pictures train: where
+    they are opaque ("alpha"), or where the file name.mask.png beside name.jpg is white ("files").
     """
 
-    NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType({"captions": "one", "tags": None, "repeats": ()})
+    NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType(
+        {"captions": "one", "tags": None, "repeats": (), "class_dataset": None, "masks": None}
+    )
 
     dataset: str
     trigger: Annotated[str, Meta(max_length=64)] = ""
@@ -58,3 +63,5 @@ class Validate(Strict, frozen=True):
     captions: Literal["one", "lines"] = "one"
     tags: Tags | None = None
     repeats: Annotated[tuple[Repeat, ...], Meta(max_length=64)] = ()
+    class_dataset: Annotated[str, Meta(min_length=1)] | None = None
+    masks: MaskSource | None = None

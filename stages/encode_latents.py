@@ -1,4 +1,7 @@
-"""encode-latents: every picture of the dataset through the autoencoder, once per distinct content and crop."""
+"""encode-latents: every picture of the dataset through the autoencoder, once per distinct content and crop.
+
+Masks come along: cropped and scaled as their pictures, one number per cell of the latent.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import msgspec
 
 from schemas.errors import Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
+from schemas.validate import MaskSource
 from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of, sha256_bytes
 from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.dataset import pixels
+from stages.dataset.draws import Draw
 from stages.flux2.identity import encoder_digest, model_of
 
 if TYPE_CHECKING:
@@ -28,7 +33,7 @@ INDEX = "index.parquet"
 
 
 class EncodeLatents:
-    """Reads validate's items and the pictures; its role `latents` is what training reads of them."""
+    """Reads validate's items and the pictures; its roles `latents` and `masks` are what training reads of them."""
 
     name = "encode-latents"
     version = 1
@@ -39,28 +44,43 @@ class EncodeLatents:
         dataset, _ = upstream(job, "validate")
         settings = keyed(job.config.encode_latents)
         inputs = {"pictures": dataset.roles["pictures"], "autoencoder": encoder_digest(job, model)}
+        if "masks" in dataset.roles:
+            inputs["masks"] = dataset.roles["masks"]
         return Plan(settings, inputs)
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
-        """Encode what no store has yet, one fragment of at most 64 at a time, and write the index."""
-        from schemas.tables import DATASET, LATENT_INDEX
+        """Encode what no store has yet, one fragment of at most 64 at a time, and write the index.
+
+        The counts are of latents and masks together.
+        """
+        from schemas.tables import DATASET, LATENT_INDEX, MASK_INDEX
+        from stages.dataset.draws import read_draws
         from stages.stores.latents import fragment_files, scan_latents
         from stages.stores.tables import read_table, write_table
 
-        _, folder = upstream(job, "validate")
-        wanted = list(_wanted(job, plan, read_table(folder / "dataset.parquet", DATASET)))
+        manifest, folder = upstream(job, "validate")
+        items = read_table(folder / "dataset.parquet", DATASET)
+        wanted = list(_wanted(job, plan, items))
+        covers = list(_wanted_masks(job, items, read_draws(manifest, folder, items)))
         known: dict[str, LatentRow] = {}
         for store in () if job.flags.force else reversed(job.stores):
             known |= scan_latents(store)
-        distinct = {each.key: each for each in wanted}
+        distinct = {each.key: each for each in [*wanted, *covers]}
         missing = [each for key, each in distinct.items() if key not in known]
-        known |= _encode(job, missing)
+        known |= _encode(job, [each for each in missing if isinstance(each, _Wanted)])
+        known |= _cover(job, [each for each in missing if isinstance(each, _WantedMask)])
         rows = [_index_row(each, known[each.key]) for each in wanted]
         write_table(work / INDEX, LATENT_INDEX, rows)
+        masks = [_index_row(each, known[each.key]) for each in covers]
+        if "masks" in plan.inputs:
+            write_table(work / MASK_INDEX.name, MASK_INDEX, masks)
         names = sorted({known[key].fragment for key in distinct})
         files = [path.as_posix() for name in names for path in fragment_files(Path(), name)]
         return Built(
-            roles={"latents": digest_of("latents", sorted(_content(row) for row in rows))},
+            roles={
+                "latents": digest_of("latents", sorted(_content(row) for row in rows)),
+                **({"masks": digest_of("masks", sorted(map(_content, masks)))} if "masks" in plan.inputs else {}),
+            },
             counts={"total": len(distinct), "encoded": len(missing), "reused": len(distinct) - len(missing)},
             fragments={name: holder(name, job.stores) for name in files},
         )
@@ -82,6 +102,16 @@ class _Wanted(msgspec.Struct, frozen=True):
     key: str
 
 
+class _WantedMask(msgspec.Struct, frozen=True):
+    """One mask that the dataset asks for: `draw` names its file."""
+
+    item: dict[str, Any]
+    flip: bool
+    key: str
+    draw: Draw
+    source: MaskSource
+
+
 def _wanted(job: Job, plan: Plan, items: Sequence[dict[str, Any]]) -> Iterator[_Wanted]:
     for item in items:
         for flip in (False, True) if job.config.encode_latents.flip else (False,):
@@ -96,8 +126,31 @@ def _wanted(job: Job, plan: Plan, items: Sequence[dict[str, Any]]) -> Iterator[_
             yield _Wanted(item, flip, digest_of("latent", value))
 
 
+def _wanted_masks(job: Job, items: Sequence[dict[str, Any]], draws: Mapping[str, Draw]) -> Iterator[_WantedMask]:
+    source = job.config.validate.masks
+    if source is None:
+        return
+    for item in items:
+        draw = draws[item["item_id"]]
+        for flip in (False, True) if job.config.encode_latents.flip else (False,):
+            value = {
+                "mask": draw.mask_sha256,
+                "source": source,
+                "crop": list(_crop(item)),
+                "bucket": list(_bucket(item)),
+                "flip": flip,
+                "version": pixels.COVERAGE_VERSION,
+            }
+            if draw.mask_path:
+                yield _WantedMask(item, flip, digest_of("mask", value), draw, source)
+
+
 def _bucket(item: Mapping[str, Any]) -> tuple[int, int]:
     return item["bucket_width"], item["bucket_height"]
+
+
+def _bucket_of(each: _Wanted | _WantedMask) -> tuple[int, int]:
+    return _bucket(each.item)
 
 
 def _crop(item: Mapping[str, Any]) -> tuple[int, int, int, int]:
@@ -120,9 +173,7 @@ def _encode(job: Job, missing: Sequence[_Wanted]) -> dict[str, LatentRow]:
     dtype = job.config.encode_latents.dtype
     written: dict[str, LatentRow] = {}
     with progress("encode-latents", total=len(missing), quiet=job.flags.quiet) as bar:
-        for _, group in groupby(
-            sorted(missing, key=lambda each: _bucket(each.item)), key=lambda each: _bucket(each.item)
-        ):
+        for _, group in groupby(sorted(missing, key=_bucket_of), key=_bucket_of):
             pending = list(group)
             for start in range(0, len(pending), MOST_RECORDS):
                 records: list[tuple[str, np.ndarray]] = []
@@ -141,14 +192,7 @@ def _latent(job: Job, autoencoder: Autoencoder, each: _Wanted) -> np.ndarray:
     from stages.stores.tensors import from_mlx
 
     path = job.dataset / each.item["path"]
-    try:
-        data = path.read_bytes()
-    except OSError:
-        data = b""
-    if sha256_bytes(data) != each.item["image_sha256"]:
-        raise Stale(
-            "dataset.changed", "a picture changed since validate", where=str(path), fix=job.remedy("validate")
-        )
+    data = _proved(job, path, each.item["image_sha256"])
     picture = pixels.pixels(
         data, tuple(each.item["crop"]), _bucket(each.item), job.config.validate.background, flip=each.flip
     )
@@ -165,7 +209,38 @@ def _latent(job: Job, autoencoder: Autoencoder, each: _Wanted) -> np.ndarray:
     return stored.data
 
 
-def _index_row(each: _Wanted, row: LatentRow) -> dict[str, Any]:
+def _cover(job: Job, missing: Sequence[_WantedMask]) -> dict[str, LatentRow]:
+    """Store the masks that are missing, fragments of one bucket shape each."""
+    from stages.stores.fragments import MOST_RECORDS
+    from stages.stores.latents import write_latents
+
+    written: dict[str, LatentRow] = {}
+    for bucket, group in groupby(sorted(missing, key=_bucket_of), key=_bucket_of):
+        pending = list(group)
+        for start in range(0, len(pending), MOST_RECORDS):
+            records: list[tuple[str, np.ndarray]] = []
+            for each in pending[start : start + MOST_RECORDS]:
+                data = _proved(job, job.dataset / each.draw.mask_path, each.draw.mask_sha256)
+                mask = pixels.coverage(data, each.source, _crop(each.item), bucket, flip=each.flip)
+                records.append((each.key, mask))
+            written |= {row.latent_key: row for row in write_latents(job.store, records, "float32")}
+    return written
+
+
+def _proved(job: Job, path: Path, sha256: str) -> bytes:
+    """Return a file's bytes. Raises Stale when they are not those that validate saw."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
+    if sha256_bytes(data) != sha256:
+        raise Stale(
+            "dataset.changed", "a picture changed since validate", where=str(path), fix=job.remedy("validate")
+        )
+    return data
+
+
+def _index_row(each: _Wanted | _WantedMask, row: LatentRow) -> dict[str, Any]:
     return {
         "item_id": each.item["item_id"],
         "flip": each.flip,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.errors import BadConfig
 from schemas.manifest import Manifest
+from schemas.objective import Output
 from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
@@ -103,7 +104,7 @@ def prompts(job: Job) -> list[str]:
 def _class_captions(job: Job) -> dict[str, str]:
     """Return what preservation replaces by what in captions; nothing when it is off. Raises BadConfig."""
     preservation, trigger = job.config.train.preservation, job.config.validate.trigger
-    if preservation is None:
+    if not isinstance(preservation, Output):
         return {}
     if not trigger:
         raise BadConfig(

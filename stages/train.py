@@ -11,6 +11,7 @@ import msgspec
 from schemas import results
 from schemas.errors import Damaged, Stale
 from schemas.manifest import Manifest
+from schemas.objective import Output
 from stages.contract.artifacts import Built, Plan, keyed, restore_file
 from stages.contract.digests import canonical_json
 from stages.contract.job import Job
@@ -51,7 +52,9 @@ class Train:
             "transformer": transformer_digest(job, model),
             **init_lora_inputs(job),
         }
-        if job.config.train.preservation is not None:
+        if job.config.train.mask is not None:
+            inputs["masks"] = latents.roles["masks"]
+        if isinstance(job.config.train.preservation, Output):
             inputs["class"] = text.roles["class"]
         return Plan(settings, inputs)
 
@@ -187,16 +190,19 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
 
 
 def _data(job: Job) -> TrainingData:
-    from schemas.tables import DATASET, EMBEDDING_INDEX, LATENT_INDEX
+    from schemas.tables import DATASET, EMBEDDING_INDEX, LATENT_INDEX, MASK_INDEX
     from stages.dataset.draws import read_draws
     from stages.stores.tables import read_table
     from stages.training.data import Tables, TrainingData
 
     manifest, folder = upstream(job, "validate")
     items = read_table(folder / "dataset.parquet", DATASET)
-    latents = read_table(upstream(job, "encode-latents")[1] / "index.parquet", LATENT_INDEX)
+    encoded = upstream(job, "encode-latents")[1]
+    latents = read_table(encoded / "index.parquet", LATENT_INDEX)
+    masks = read_table(encoded / MASK_INDEX.name, MASK_INDEX) if job.config.train.mask is not None else None
     embeddings = read_table(upstream(job, "encode-text")[1] / "index.parquet", EMBEDDING_INDEX)
-    return TrainingData(job.stores, Tables(items, read_draws(manifest, folder, items), latents, embeddings))
+    draws = read_draws(manifest, folder, items)
+    return TrainingData(job.stores, Tables(items, draws, latents, embeddings, masks))
 
 
 STAGE = Train()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from schemas.errors import Fault, RejectedInput, Stale
+from schemas.errors import BadConfig, Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
+from schemas.validate import MaskSource
 from stages.contract.artifacts import Built, Plan, keyed
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
@@ -34,11 +36,16 @@ class Validate:
         """Key the settings, the text length that buckets prefer, and every file's path and content."""
         settings = keyed(job.config.validate)
         del settings["dataset"]
+        settings.pop("class_dataset", None)
         settings["text_length"] = text_length(job)
         settings["plan_version"] = PLAN_VERSION
-        paths = listing(job.dataset)
-        digests = _digests(job, paths)
-        return Plan(settings, {"folder": digest_of("folder", list(zip(paths, digests, strict=True)))})
+        inputs = {"folder": _folder_digest(job, job.dataset, masks=job.config.validate.masks == "files")}
+        folder = class_folder(job)
+        if folder is not None:
+            # Where it lies decides the paths in the table.
+            beside = os.path.relpath(folder.resolve(), job.dataset.resolve())
+            inputs["class_folder"] = digest_of("class-folder", [beside, _folder_digest(job, folder, masks=False)])
+        return Plan(settings, inputs)
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Decode everything once; publish nothing when anything is wrong, unless `skip_bad`."""
@@ -47,7 +54,9 @@ class Validate:
         from stages.dataset.items import build_items
 
         with progress(self.name, total=None, quiet=job.flags.quiet) as bar:
-            dataset = build_items(job.dataset, job.config.validate, plan.params["text_length"], bar.reach)
+            dataset = build_items(
+                job.dataset, job.config.validate, plan.params["text_length"], bar.reach, class_folder(job)
+            )
         if dataset.faults and not job.config.validate.skip_bad:
             raise RejectedInput.of(dataset.faults)
         if not dataset.items:
@@ -72,8 +81,14 @@ class Validate:
         report = {"findings": findings, "statistics": dataset.statistics}
         (work / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
         statistics = dataset.statistics
-        counts = {"images": statistics.images, "accepted": statistics.accepted, "rejected": statistics.rejected}
-        return Built(_roles(dataset), {**counts, "warnings": len(dataset.warnings), "items": len(dataset.items)})
+        counts = {
+            "images": statistics.images,
+            "accepted": statistics.accepted,
+            "rejected": statistics.rejected,
+            "warnings": len(dataset.warnings),
+            "items": len(dataset.items),
+        }
+        return Built(_roles(dataset, job.config.validate.masks), counts)
 
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """The pictures are what they were."""
@@ -105,12 +120,31 @@ class _Report(msgspec.Struct):
     findings: list[Fault]
 
 
-def _digests(job: Job, paths: list[str]) -> list[str]:
+def class_folder(job: Job) -> Path | None:
+    """Return the folder of pictures of the class. Raises BadConfig when it is absent or overlaps the dataset."""
+    name = job.config.validate.class_dataset
+    if name is None:
+        return None
+    folder, dataset = job.base / name, job.dataset.resolve()
+    if not folder.is_dir():
+        what = "the folder of class pictures does not exist"
+    elif folder.resolve().is_relative_to(dataset) or dataset.is_relative_to(folder.resolve()):
+        what = "the folder of class pictures and the dataset lie in each other"
+    else:
+        return folder
+    fix = f"correct validate.class_dataset in {job.config_path} (it is relative to that file)"
+    raise BadConfig("dataset.class_folder", what, where=str(folder), fix=fix)
+
+
+def _folder_digest(job: Job, folder: Path, *, masks: bool) -> str:
+    """Digest the path and content of every file that counts."""
+    paths = listing(folder, masks=masks)
     try:
-        return job.digests.files([job.dataset / path for path in paths])
+        digests = job.digests.files([folder / path for path in paths])
     except OSError:
         # A file that cannot be read is a fault that `build` lists with all the others; nothing is published then.
-        return [f"unread {path}" for path in paths]
+        digests = [f"unread {path}" for path in paths]
+    return digest_of("folder", list(zip(paths, digests, strict=True)))
 
 
 def _write_tables(work: Path, dataset: Dataset) -> None:
@@ -122,23 +156,22 @@ def _write_tables(work: Path, dataset: Dataset) -> None:
     write_table(work / DATASET.name, DATASET, [{**row, "crop": list(row["crop"])} for row in items])
     texts = [{"caption_id": name, "text": text} for name, text in dataset.captions.items()]
     write_table(work / CAPTIONS.name, CAPTIONS, texts)
-    if not _plain(dataset):
+    if not all(item.draw.plain for item in dataset.items):
         write_table(work / DRAWS.name, DRAWS, [msgspec.structs.asdict(item.draw) for item in dataset.items])
 
 
-def _plain(dataset: Dataset) -> bool:
-    return all(item.draw.plain for item in dataset.items)
-
-
-def _roles(dataset: Dataset) -> dict[str, str]:
+def _roles(dataset: Dataset, masks: MaskSource | None) -> dict[str, str]:
     """Digest what each later stage reads: never a path."""
     pictures = ("item_id", "image_sha256", "bucket_width", "bucket_height", "crop", "background")
     items = [[item.item_id, item.caption_id] for item in dataset.items]
-    drawn = [] if _plain(dataset) else [[item.draw.picture, item.draw.times] for item in dataset.items]
+    drawn = [[item.draw.picture, item.draw.times, item.draw.prior] for item in dataset.items]
+    plain = [[item.item_id, 1, False] for item in dataset.items]
+    covers = [[item.item_id, item.draw.mask_sha256] for item in dataset.items]
     return {
+        **({} if masks is None else {"masks": digest_of("masks", [masks, covers])}),
         "pictures": digest_of("pictures", [[getattr(item, name) for name in pictures] for item in dataset.items]),
         "captions": digest_of("captions", list(dataset.captions.items())),
-        "items": digest_of("items", items if not drawn else [items, drawn]),
+        "items": digest_of("items", items if drawn == plain else [items, drawn]),
     }
 
 

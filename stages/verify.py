@@ -25,7 +25,7 @@ from stages.contract.runner import STAGES
 
 # Which role of which stage each input of a stage must be: the links of the chain.
 LINKS = {
-    "encode-latents": {"pictures": ("validate", "pictures")},
+    "encode-latents": {"pictures": ("validate", "pictures"), "masks": ("validate", "masks")},
     "encode-text": {"captions": ("validate", "captions")},
     "train": {
         "items": ("validate", "items"),
@@ -33,6 +33,7 @@ LINKS = {
         "caption": ("encode-text", "caption"),
         "empty": ("encode-text", "empty"),
         "class": ("encode-text", "class"),
+        "masks": ("encode-latents", "masks"),
     },
     "preview": {"prompt": ("encode-text", "prompt"), "empty": ("encode-text", "empty")},
 }
@@ -148,8 +149,8 @@ def _links(inspection: Inspection, stage: str, chain: Chain) -> None:
     """Compare what a stage was made from with what the stages before it made."""
     made_from = chain[stage][0].inputs
     for role, (source, name) in LINKS.get(stage, {}).items():
-        # Training reads class captions only where it preserves them.
-        if source in chain and role in made_from and made_from[role] != chain[source][0].roles[name]:
+        # Training reads class captions only where it preserves them, and masks only where it is asked to.
+        if source in chain and role in made_from and made_from[role] != chain[source][0].roles.get(name):
             what = f"{stage} was made from other {role} than {source} has now"
             inspection.error(Stale, "chain.broken", what, inspection.job.run, inspection.job.remedy(stage))
 

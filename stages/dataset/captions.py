@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from schemas.errors import Fault, RejectedInput
-from stages.dataset.discover import TABLES, Discovery, stem_of
+from stages.dataset.discover import MASK_ENDING, TABLES, Discovery, stem_of
 from stages.dataset.metadata import decode_line, read_rows
 
 MAX_CAPTION_BYTES = 64 << 10
@@ -206,6 +206,8 @@ def _settle(picture: str, sources: list[_Source], *, allow_empty: bool, lines: b
         return ("",)
     beside = f"{picture.rpartition('.')[0]}.txt"
     fix = f"write a caption into {beside}, or set validate.allow_empty_captions = true"
+    if picture.lower().endswith(MASK_ENDING):
+        fix = 'if it is a mask, set validate.masks = "files"'
     if sources:
         return Fault(code="caption.empty", what="the caption is empty", where=sources[0].where, fix=fix)
     return Fault(code="caption.missing", what="the picture has no caption", where=picture, fix=fix)

@@ -18,6 +18,7 @@ from schemas.errors import BadConfig, Fault
 
 PICTURE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 SIDECAR_SUFFIXES = frozenset({"txt", "caption", "json"})
+MASK_ENDING = ".mask.png"
 TABLES = frozenset(f"{stem}.{suffix}" for stem in ("metadata", "captions") for suffix in ("jsonl", "csv", "parquet"))
 # Pictures a person would miss if they were passed over in silence.
 UNREAD_SUFFIXES = frozenset(
@@ -29,6 +30,7 @@ class Kind(Enum):
     """What a file is for, judged by its name alone."""
 
     PICTURE = auto()
+    MASK = auto()
     UNREAD = auto()
     CAPTION = auto()
     OTHER = auto()
@@ -36,9 +38,13 @@ class Kind(Enum):
 
 @dataclass
 class Discovery:
-    """`pictures` and `captions` can be read; `refused` look like pictures and have a fault; `ignored` is a count."""
+    """`pictures`, `masks` and `captions` can be read; `refused` look like pictures and have a fault.
+
+    `orphans` are captions of no picture; `ignored` is a count.
+    """
 
     pictures: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -46,11 +52,11 @@ class Discovery:
     faults: list[Fault] = field(default_factory=list)
 
 
-def discover(folder: Path) -> Discovery:
+def discover(folder: Path, *, masks: bool = False) -> Discovery:
     """Return everything in `folder`, with one fault for each file or link that cannot be used.
 
-    `captions` are tables and the sidecars of a picture; sidecars without a picture are `orphans`.
-    Raises BadConfig when `folder` is not a folder.
+    `captions` are tables and the sidecars of a picture; with `masks`, files called name.mask.png are masks and not
+    pictures. Raises BadConfig when `folder` is not a folder.
     """
     if not folder.is_dir():
         raise BadConfig(
@@ -62,19 +68,19 @@ def discover(folder: Path) -> Discovery:
     found = Discovery()
     root = folder.resolve()
     for relative, entry in _entries(root, found):
-        _sort_in(found, root, relative, entry)
+        _sort_in(found, root, relative, entry, _kind_of(entry.name, masks=masks))
     _refuse_twins(found)
     _part_orphans(found)
-    for names in (found.pictures, found.captions, found.orphans, found.refused):
+    for names in (found.pictures, found.masks, found.captions, found.orphans, found.refused):
         names.sort(key=os.fsencode)
     found.faults.sort(key=lambda fault: (fault.where, fault.code))
     return found
 
 
-def listing(folder: Path) -> list[str]:
-    """Return the files whose content decides what `validate` publishes: pictures and caption files, sorted."""
-    found = discover(folder)
-    return sorted([*found.pictures, *found.captions], key=os.fsencode)
+def listing(folder: Path, *, masks: bool = False) -> list[str]:
+    """Return the files whose content decides what `validate` publishes: pictures, masks and captions, sorted."""
+    found = discover(folder, masks=masks)
+    return sorted([*found.pictures, *found.masks, *found.captions], key=os.fsencode)
 
 
 def legible(name: str) -> str:
@@ -87,7 +93,14 @@ def stem_of(relative: str) -> str:
     return unicodedata.normalize("NFC", relative.rpartition(".")[0])
 
 
-def _kind_of(name: str) -> Kind:
+def masked_by(mask: str) -> str:
+    """Return the stem of the picture that a mask belongs to."""
+    return stem_of(mask[: -len(MASK_ENDING)] + ".")
+
+
+def _kind_of(name: str, *, masks: bool) -> Kind:
+    if masks and name.lower().endswith(MASK_ENDING):
+        return Kind.MASK
     suffix = name.rpartition(".")[2].lower()
     if suffix in PICTURE_SUFFIXES:
         return Kind.PICTURE
@@ -125,8 +138,7 @@ def _entries(root: Path, found: Discovery) -> Iterator[tuple[str, os.DirEntry[st
                 yield prefix + entry.name, entry
 
 
-def _sort_in(found: Discovery, root: Path, relative: str, entry: os.DirEntry[str]) -> None:
-    kind = _kind_of(entry.name)
+def _sort_in(found: Discovery, root: Path, relative: str, entry: os.DirEntry[str], kind: Kind) -> None:
     fault = _entry_fault(root, relative, kind, entry)
     if fault is not None:
         found.faults.append(fault)
@@ -134,6 +146,8 @@ def _sort_in(found: Discovery, root: Path, relative: str, entry: os.DirEntry[str
             found.refused.append(relative)
     elif kind is Kind.PICTURE:
         found.pictures.append(relative)
+    elif kind is Kind.MASK:
+        found.masks.append(relative)
     elif kind is Kind.CAPTION:
         found.captions.append(relative)
     else:
@@ -193,13 +207,14 @@ def _link_fault(root: Path, relative: str, kind: Kind) -> Fault | None:
 def _refuse_twins(found: Discovery) -> None:
     """Move files whose names are one and the same on systems that fold case or normalise Unicode to `refused`."""
     twins: dict[str, list[str]] = defaultdict(list)
-    for relative in [*found.pictures, *found.captions]:
+    for relative in [*found.pictures, *found.masks, *found.captions]:
         twins[unicodedata.normalize("NFC", unicodedata.normalize("NFC", relative).casefold())].append(relative)
     clashing = {relative for names in twins.values() if len(names) > 1 for relative in names}
     if not clashing:
         return
     found.refused += [relative for relative in found.pictures if relative in clashing]
     found.pictures = [relative for relative in found.pictures if relative not in clashing]
+    found.masks = [relative for relative in found.masks if relative not in clashing]
     found.captions = [relative for relative in found.captions if relative not in clashing]
     for names in twins.values():
         if len(names) > 1:
@@ -221,8 +236,20 @@ def _part_orphans(found: Discovery) -> None:
     def belongs(relative: str) -> bool:
         return relative.rpartition("/")[2].lower() in TABLES or stem_of(relative) in stems
 
+    found.faults += [_stray_mask_fault(mask) for mask in found.masks if masked_by(mask) not in stems]
+    found.masks = [mask for mask in found.masks if masked_by(mask) in stems]
     strays = [relative for relative in found.captions if not belongs(relative)]
     found.captions = [relative for relative in found.captions if belongs(relative)]
     # A stray .json is another tool's business; a stray .txt is more likely a caption whose picture was renamed.
     found.orphans = [relative for relative in strays if not relative.lower().endswith(".json")]
     found.ignored += len(strays) - len(found.orphans)
+
+
+def _stray_mask_fault(mask: str) -> Fault:
+    return Fault(
+        code="mask.no_picture",
+        what="the mask belongs to no picture",
+        where=mask,
+        why=f"no picture is called {masked_by(mask)}.*",
+        fix="name it as its picture, or remove it",
+    )

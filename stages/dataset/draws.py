@@ -1,4 +1,4 @@
-"""How training draws the items of a dataset: which of them show one picture, and how often each comes."""
+"""How training draws the items of a dataset: which of them show one picture, how often, as what, and what counts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from stages.stores.tables import read_table
 
 
 class Draw(Strict, frozen=True):
-    """One row of the table. `picture` is the same for all items that differ in their caption alone."""
+    """One row of the table. `picture` is the same for all items that differ in their caption alone.
+
+    `prior` pictures are of the class; where there is no mask, "", all of the picture counts.
+    """
 
     item_id: str
     picture: str
     times: int = 1
+    prior: bool = False
+    mask_path: str = ""
+    mask_sha256: str = ""
 
     @property
     def plain(self) -> bool:
-        """Whether the item is drawn as if there were no table: by itself, once an epoch."""
+        """Whether the item is drawn as if there were no table: by itself, once an epoch, all of it."""
         return self == Draw(item_id=self.item_id, picture=self.item_id)
 
 

@@ -11,9 +11,11 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+import msgspec
 
 from schemas.base import Strict
 from schemas.errors import BadConfig, Fault, RejectedInput, printable
@@ -23,6 +25,7 @@ from stages.dataset.buckets import Bucket, choose, fills, shape_fault
 from stages.dataset.captions import TRIGGER, Captions, caption_id, read_captions, with_trigger
 from stages.dataset.discover import Discovery, discover
 from stages.dataset.draws import Draw
+from stages.dataset.masks import Mask, find_masks
 from stages.dataset.pixels import Inspected, inspect, plan
 from stages.dataset.statistics import Statistics, histogram, spread
 from stages.dataset.tags import tag_variants
@@ -54,12 +57,24 @@ class Item(Strict, frozen=True):
 
 @dataclass(frozen=True)
 class _Picture:
-    """A good picture: its caption variants after the trigger, and how often it comes."""
+    """A good picture: its caption variants after the trigger, how often and as what it comes, the mask it has."""
 
     path: str
     seen: Inspected
     texts: tuple[str, ...]
-    times: int
+    times: int = 1
+    prior: bool = False
+    mask: Mask = field(default_factory=Mask)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What one folder holds."""
+
+    found: Discovery
+    pictures: list[_Picture]
+    faults: list[Fault]
+    warnings: list[str]
 
 
 class Dataset(Strict, frozen=True):
@@ -72,13 +87,43 @@ class Dataset(Strict, frozen=True):
     statistics: Statistics
 
 
-def build_items(folder: Path, config: Validate, text_length: int, on_progress: Callable[[int, int], None]) -> Dataset:
-    """Return the items of a folder and all its faults.
+def build_items(
+    folder: Path,
+    config: Validate,
+    text_length: int,
+    on_progress: Callable[[int, int], None],
+    class_folder: Path | None = None,
+) -> Dataset:
+    """Return the items of a folder and all its faults; pictures in `class_folder` are of the class.
 
     `text_length` is the model's number of text tokens (a tie-break between buckets); `on_progress(done, total)` is
     called from this thread. Raises BadConfig when the folder does not exist, or a pattern of repeats matches nothing.
     """
-    found = discover(folder)
+    surveys = [_survey(folder, config, on_progress)]
+    if class_folder is not None:
+        before = len(surveys[0].found.pictures)
+        surveys.append(
+            _class_survey(
+                folder, class_folder, config, lambda done, total: on_progress(before + done, before + total)
+            )
+        )
+    accepted = [picture for survey in surveys for picture in survey.pictures]
+    items = _items_of(accepted, config, text_length)
+    told = [line for survey in surveys for line in survey.warnings]
+    return Dataset(
+        items=items,
+        captions=dict(sorted((caption_id(text), text) for picture in accepted for text in picture.texts)),
+        faults=sorted(
+            (fault for survey in surveys for fault in survey.faults), key=lambda fault: (fault.where, fault.code)
+        ),
+        # File names go to a terminal from here.
+        warnings=[printable(line) for line in [*told, *_warnings(accepted, config)]],
+        statistics=_measure([survey.found for survey in surveys], accepted, items, config),
+    )
+
+
+def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], None]) -> _Survey:
+    found = discover(folder, masks=config.masks == "files")
     times = _times(found.pictures, config.repeats)
     lines = config.captions == "lines"
     captions = read_captions(folder, found, allow_empty=config.allow_empty_captions, lines=lines)
@@ -93,15 +138,27 @@ def build_items(folder: Path, config: Validate, text_length: int, on_progress: C
         elif fault is not None:
             faults.append(fault)
     texts, trigger_faults = _triggered(captions, config)
-    accepted = [_Picture(path, seen, texts[path], times[path]) for path, seen in good.items() if path in texts]
-    items = _items_of(accepted, config, text_length)
-    return Dataset(
-        items=items,
-        captions=dict(sorted((caption_id(text), text) for picture in accepted for text in picture.texts)),
-        faults=sorted([*faults, *trigger_faults], key=lambda fault: (fault.where, fault.code)),
-        # File names go to a terminal from here.
-        warnings=[printable(line) for line in [*captions.warnings, *_warnings(accepted, config)]],
-        statistics=_measure(found, accepted, items, config),
+    masks, mask_faults = find_masks(folder, found.masks, good, config)
+    accepted = [
+        _Picture(path, seen, texts[path], times[path], mask=masks[path])
+        for path, seen in good.items()
+        if path in texts and path in masks
+    ]
+    return _Survey(found, accepted, [*faults, *trigger_faults, *mask_faults], captions.warnings)
+
+
+def _class_survey(
+    folder: Path, class_folder: Path, config: Validate, on_progress: Callable[[int, int], None]
+) -> _Survey:
+    """Return what the folder of the class holds, its files named relative to the dataset."""
+    plain = msgspec.structs.replace(config, trigger="", repeats=(), masks=None)
+    survey = _survey(class_folder, plain, on_progress)
+    beside = Path(os.path.relpath(class_folder.resolve(), folder.resolve())).as_posix()
+    return _Survey(
+        survey.found,
+        [replace(picture, path=f"{beside}/{picture.path}", prior=True) for picture in survey.pictures],
+        [_of_class(fault, beside) for fault in survey.faults],
+        [f"{beside}: {line}" for line in survey.warnings],
     )
 
 
@@ -123,6 +180,14 @@ def _look_at_all(
             for done, outcome in enumerate(pool.map(look, window), start + 1):
                 yield pictures[done - 1], outcome
                 on_progress(done, len(pictures))
+
+
+def _of_class(fault: Fault, beside: str) -> Fault:
+    moved = msgspec.structs.replace(fault, where=f"{beside}/{fault.where}")
+    if fault.code != "caption.no_trigger":
+        return moved
+    what, fix = f"a class picture's caption holds {TRIGGER}", "write the word for the class instead"
+    return msgspec.structs.replace(moved, what=what, fix=fix)
 
 
 def _times(pictures: Sequence[str], repeats: Sequence[Repeat]) -> dict[str, int]:
@@ -204,7 +269,14 @@ def _variants_of(picture: _Picture, bucket: Bucket, config: Validate, ordinals: 
             caption_id=caption,
             background=background,
             ordinal=ordinal,
-            draw=Draw(item_id=item_id, picture=first, times=picture.times),
+            draw=Draw(
+                item_id=item_id,
+                picture=first,
+                times=picture.times,
+                prior=picture.prior,
+                mask_path=picture.mask.path,
+                mask_sha256=picture.mask.sha256,
+            ),
         )
         for item_id, caption, ordinal in named
     ]
@@ -218,6 +290,8 @@ def _warnings(accepted: Sequence[_Picture], config: Validate) -> list[str]:
         twins[picture.seen.image_sha256].append(picture)
         for note in picture.seen.notes:
             noted[note].append(picture.path)
+        if config.masks is not None and not picture.mask.path and not picture.prior:
+            noted["has no mask: all of it counts"].append(picture.path)
         if not config.upscale and not _filled(picture.seen, config):
             noted["is smaller than every resolution and trains at its own size"].append(picture.path)
     for same in twins.values():
@@ -234,16 +308,18 @@ def _filled(picture: Inspected, config: Validate) -> list[int]:
     return [size for size in config.resolutions if fills(picture.width, picture.height, size)]
 
 
-def _measure(found: Discovery, accepted: Sequence[_Picture], items: Sequence[Item], config: Validate) -> Statistics:
+def _measure(
+    found: Sequence[Discovery], accepted: Sequence[_Picture], items: Sequence[Item], config: Validate
+) -> Statistics:
     pictures = [picture.seen for picture in accepted]
     texts = [text for picture in accepted for text in picture.texts]
     filled = [len(_filled(picture, config)) for picture in pictures]
-    images = len(found.pictures) + len(found.refused)
+    images = sum(len(each.pictures) + len(each.refused) for each in found)
     return Statistics(
         images=images,
         accepted=len(accepted),
         rejected=images - len(accepted),
-        ignored_files=found.ignored,
+        ignored_files=sum(each.ignored for each in found),
         items=len(items),
         captions=len(set(texts)),
         caption_characters=spread(len(text) for text in texts),

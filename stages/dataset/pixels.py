@@ -14,10 +14,12 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from schemas.errors import RejectedInput
+from schemas.validate import MaskSource
 from stages.contract.digests import sha256_bytes
+from stages.dataset.buckets import PATCH_PX
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # Raise this when the same plan would give other pixels: it is part of every item id and latent key.
 PLAN_VERSION = 1
+# Raise this when the same mask would give other cells.
+COVERAGE_VERSION = 1
 MAX_FILE_BYTES = 512 << 20
 
 # Everything Pillow's three decoders raise on damaged data; a fuzz test holds the list.
@@ -121,6 +125,31 @@ def pixels(
     scaled = picture.resize(bucket, Image.Resampling.LANCZOS, box=crop)
     values = np.asarray(scaled, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
     return np.ascontiguousarray(values[:, :, ::-1] if flip else values)
+
+
+def coverage(
+    data: bytes, source: MaskSource, crop: tuple[int, int, int, int], bucket: tuple[int, int], *, flip: bool = False
+) -> np.ndarray:
+    """Return how much of each 16 x 16 px of `bucket` (width, height) a mask covers: [1, height/16, width/16] float32.
+
+    0 is outside, 1 inside. The mask is the alpha channel, or the brightness, of a picture that goes with `crop` as
+    in `pixels`; cells are plain means of what they stand for.
+    """
+    import numpy as np
+    from PIL import Image
+
+    picture = _upright(_open(data, ""))
+    match source:
+        case "alpha":
+            grey = _alpha(picture) or Image.new("L", picture.size, 255)
+        case "files":
+            grey = _in_srgb(picture, "#000000").convert("L")
+        case _:
+            assert_never(source)
+    values = Image.fromarray(np.asarray(grey, dtype=np.float32) / 255)
+    cells = values.resize((bucket[0] // PATCH_PX, bucket[1] // PATCH_PX), Image.Resampling.BOX, box=crop)
+    mask = np.asarray(cells, dtype=np.float32).clip(0, 1)[None]
+    return np.ascontiguousarray(mask[:, :, ::-1] if flip else mask)
 
 
 def _inspect_data(data: bytes, where: str, max_megapixels: float) -> Inspected:
@@ -222,12 +251,12 @@ def _in_srgb(picture: Picture, background: str) -> Picture:
     from PIL import Image
 
     if picture.mode in SIXTEEN_BITS:
-        colours, alpha = _from_sixteen_bits(picture)
+        colours = _from_sixteen_bits(picture)
     elif _is_transparent(picture):
-        with_alpha = picture.convert("RGBA")
-        colours, alpha = with_alpha.convert("RGB"), with_alpha.getchannel("A")
+        colours = picture.convert("RGBA").convert("RGB")
     else:
-        colours, alpha = picture, None
+        colours = picture
+    alpha = _alpha(picture)
     colours = _profiled(colours, picture.info.get("icc_profile"))
     if alpha is None:
         return colours
@@ -236,16 +265,27 @@ def _in_srgb(picture: Picture, background: str) -> Picture:
     return under
 
 
-def _from_sixteen_bits(picture: Picture) -> tuple[Picture, Picture | None]:
-    """Return 16-bit grey as 8-bit grey, rounded to nearest, and the mask of its one transparent value."""
+def _alpha(picture: Picture) -> Picture | None:
+    """Return how opaque each pixel is, 8 bits; None for an opaque picture."""
+    import numpy as np
+    from PIL import Image
+
+    if not _is_transparent(picture):
+        return None
+    if picture.mode not in SIXTEEN_BITS:
+        return picture.convert("RGBA").getchannel("A")
+    # One value of 16-bit grey is transparent.
+    opaque = np.asarray(picture) != picture.info["transparency"]
+    return Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
+
+
+def _from_sixteen_bits(picture: Picture) -> Picture:
+    """Return 16-bit grey as 8-bit grey, rounded to nearest."""
     import numpy as np
     from PIL import Image
 
     values = np.asarray(picture).astype(np.uint32)
-    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    clear = picture.info.get("transparency")
-    alpha = None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
-    return grey, alpha
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _profiled(picture: Picture, profile: bytes | None) -> Picture:

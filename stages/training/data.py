@@ -42,12 +42,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in one size: its file, the item its latent is listed under, its captions, its visits an epoch."""
+    """A picture in one size: its file, the item its latent is listed under, its captions, its visits an epoch.
+
+    `prior` pictures are of the class.
+    """
 
     path: str
     item_id: str
     captions: tuple[str, ...]
     times: int
+    prior: bool
 
     @property
     def visits(self) -> list[str]:
@@ -59,22 +63,29 @@ class Picture:
 class Batch:
     """Latents [B, C, h, w] float32 of one bucket, and embeddings [B, L, J] float32, a row per picture.
 
-    `class_text` [B, L, J] embeds the captions with the class word in the trigger's place, where asked for.
+    `class_text` [B, L, J] embeds the captions with the class word in the trigger's place, where asked for; `masks`
+    [B, 1, h, w] float32 in 0..1 say where the pictures count, where there are any; `prior` pictures are of the class.
     """
 
     latents: np.ndarray
     text: np.ndarray
     class_text: np.ndarray | None = None
+    masks: np.ndarray | None = None
+    prior: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The rows of dataset.parquet, how each item is drawn, and the rows of both encoders' index.parquet."""
+    """The rows of dataset.parquet, how each item is drawn, and the rows of both encoders' index.parquet.
+
+    `masks` are the rows of masks.parquet, None where masks are not to be read.
+    """
 
     items: Sequence[Mapping[str, Any]]
     draws: Mapping[str, Draw]
     latents: Sequence[Mapping[str, Any]]
     embeddings: Sequence[Mapping[str, Any]]
+    masks: Sequence[Mapping[str, Any]] | None = None
 
 
 class TrainingData:
@@ -85,7 +96,8 @@ class TrainingData:
         self._visits = {name: each for each in self._pictures for name in each.visits}
         latents, embeddings = tables.latents, tables.embeddings
         self._shapes = {row["item_id"]: (row["height"], row["width"]) for row in latents}
-        self._latents = {(row["item_id"], row["flip"]): latent_row(row) for row in latents}
+        self._latents = _by_item(latents)
+        self._masks = None if tables.masks is None else _by_item(tables.masks)
         self._texts = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "caption"}
         self._classes = {row["caption_id"]: embedding_row(row) for row in embeddings if row["role"] == "class"}
         self._empty = next(embedding_row(row) for row in embeddings if row["role"] == "empty")
@@ -135,7 +147,9 @@ class TrainingData:
         latents = [self._latent(sample) for sample in samples]
         text = [self._text(sample) for sample in samples]
         class_text = np.stack([self._class_text(sample) for sample in samples]) if classes else None
-        return Batch(np.stack(latents), np.stack(text), class_text)
+        masks = None if self._masks is None else np.stack([self._mask(sample) for sample in samples])
+        prior = tuple(self._visits[sample.visit].prior for sample in samples)
+        return Batch(np.stack(latents), np.stack(text), class_text, masks, prior)
 
     def _latent(self, sample: Sample) -> np.ndarray:
         item_id = self._visits[sample.visit].item_id
@@ -149,6 +163,12 @@ class TrainingData:
                 fix="flux2-lora encode-latents --config ... --force",
             )
         return latent
+
+    def _mask(self, sample: Sample) -> np.ndarray:
+        """Return the mask [1, h, w] float32: ones where a picture has none."""
+        item_id = self._visits[sample.visit].item_id
+        row = (self._masks or {}).get((item_id, sample.flip))
+        return np.ones((1, *self._shapes[item_id]), np.float32) if row is None else self._latent_reader.read(row)
 
     def _text(self, sample: Sample) -> np.ndarray:
         row = self._empty if sample.dropped else self._texts[self._caption(sample)]
@@ -169,7 +189,14 @@ def pictures(items: Sequence[Mapping[str, Any]], draws: Mapping[str, Draw]) -> l
     captions: dict[str, list[str]] = defaultdict(list)
     for item in items:
         captions[draws[item["item_id"]].picture].append(item["caption_id"])
-    return [Picture(paths[name], name, tuple(sorted(each)), draws[name].times) for name, each in captions.items()]
+    return [
+        Picture(paths[name], name, tuple(sorted(each)), draws[name].times, draws[name].prior)
+        for name, each in captions.items()
+    ]
+
+
+def _by_item(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], LatentRow]:
+    return {(row["item_id"], row["flip"]): latent_row(row) for row in rows}
 
 
 def latent_row(row: Mapping[str, Any]) -> LatentRow:

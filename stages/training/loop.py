@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from schemas.errors import NoResources, Stopped
+from schemas.objective import Output, Prior
 from schemas.train import Train
 from stages.dataset.order import PhasedOrder
 from stages.training import objective
@@ -24,7 +25,7 @@ from stages.training.data import Batch, Sample, TrainingData, ahead
 from stages.training.guards import Guards, Line
 from stages.training.interruption import Interruption
 from stages.training.memory import is_out_of_memory
-from stages.training.objective import joined, prepare, preserving
+from stages.training.objective import joined, masked, prepare, preserving, with_prior
 from stages.training.randomness import distinct, dropped, uniform
 from stages.training.step import StepResult, Trainer
 from stages.training.timesteps import Moment
@@ -207,7 +208,7 @@ class Loop:
         names = iter(distinct([item for batch in ids for item in batch]))
         window = [[next(names) for _ in batch] for batch in ids]
         preservation = self.settings.preservation
-        classes = preservation is not None and step % preservation.every == 0
+        classes = isinstance(preservation, Output) and step % preservation.every == 0
         batches = [
             self.data.read(self._samples(batch, named, step), classes=classes)
             for batch, named in zip(ids, window, strict=True)
@@ -227,15 +228,26 @@ class Loop:
             for index in range(len(window.batches))
         ]
         prepared = [
-            prepare(mx.array(batch.latents), mx.array(batch.text), names, settings=self.settings, moment=moment)
+            self._weighed(
+                prepare(mx.array(batch.latents), mx.array(batch.text), names, settings=self.settings, moment=moment),
+                batch,
+            )
             for names, batch, moment in zip(window.names, window.batches, moments, strict=True)
         ]
         return joined(prepared, self._preserved(window, prepared))
 
+    def _weighed(self, batch: objective.Batch, read: Batch) -> objective.Batch:
+        """Return the batch with what masks and pictures of the class change."""
+        if isinstance(self.settings.preservation, Prior):
+            batch = with_prior(batch, read.prior, self.settings.preservation.weight)
+        if self.settings.mask is None or read.masks is None:
+            return batch
+        return masked(self.trainer.transformer, batch, mx.array(read.masks), self.settings.mask)
+
     def _preserved(self, window: Window, prepared: Sequence[objective.Batch]) -> list[objective.Batch]:
         """Return the batches that hold the class as the base model has it, for what was read with class captions."""
         preservation = self.settings.preservation
-        if preservation is None:
+        if not isinstance(preservation, Output):
             return []
         return [
             preserving(self.trainer.transformer, batch, mx.array(read.class_text), preservation.weight)

@@ -1,0 +1,75 @@
+"""Masks: which part of each picture trains, by its own alpha channel or by a file name.mask.png beside it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from schemas.errors import Fault, RejectedInput
+from schemas.validate import Validate
+from stages.dataset.discover import masked_by, stem_of
+from stages.dataset.pixels import Inspected, inspect
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The file a mask comes from, relative to the dataset, and its sha256; "" where all of the picture counts."""
+
+    path: str = ""
+    sha256: str = ""
+
+
+def find_masks(
+    folder: Path, files: Sequence[str], pictures: Mapping[str, Inspected], config: Validate
+) -> tuple[dict[str, Mask], list[Fault]]:
+    """Return the mask of every picture whose mask can be used, and the fault of each other."""
+    masks = dict.fromkeys(pictures, Mask())
+    match config.masks:
+        case None:
+            return masks, []
+        case "alpha":
+            own = {path: Mask(path, seen.image_sha256) for path, seen in pictures.items() if seen.transparent}
+            return masks | own, []
+        case "files":
+            return _from_files(folder, files, pictures, config.max_megapixels)
+        case _:
+            assert_never(config.masks)
+
+
+def _from_files(
+    folder: Path, files: Sequence[str], pictures: Mapping[str, Inspected], max_megapixels: float
+) -> tuple[dict[str, Mask], list[Fault]]:
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for path in pictures:
+        by_stem[stem_of(path)].append(path)
+    masks = dict.fromkeys(pictures, Mask())
+    faults: list[Fault] = []
+    for name in files:
+        for path in by_stem[masked_by(name)]:
+            outcome = _looked_at(folder, name, pictures[path], max_megapixels)
+            if isinstance(outcome, Fault):
+                faults.append(outcome)
+                del masks[path]
+            else:
+                masks[path] = outcome
+    return masks, faults
+
+
+def _looked_at(folder: Path, name: str, picture: Inspected, max_megapixels: float) -> Mask | Fault:
+    """Return the mask in the file `name`, which must be as large as its picture."""
+    try:
+        seen = inspect(folder / name, name, max_megapixels)
+    except RejectedInput as error:
+        return error.faults[0]
+    if (picture.width, picture.height) != (seen.width, seen.height):
+        return Fault(
+            code="mask.size",
+            what="the mask is not as large as its picture",
+            where=name,
+            why=f"expected {picture.width} x {picture.height}, found {seen.width} x {seen.height}",
+            fix="draw the mask over the upright picture, at its full size",
+        )
+    return Mask(name, seen.image_sha256)
