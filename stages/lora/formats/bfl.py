@@ -23,7 +23,7 @@ MAX_METADATA_BYTES = 64 * 1024
 
 
 def spellings(config: TransformerConfig) -> Spellings:
-    """Return the names this layout gives the linears of the blocks."""
+    """Return the names this layout gives the linears."""
     return {f"{prefix}{name}": Place(name) for prefix in READ_PREFIXES for name in linear_shapes(config)}
 
 

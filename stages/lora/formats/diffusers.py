@@ -17,8 +17,8 @@ READ_PREFIXES = (PREFIX, "base_model.model.", "diffusion_model.")
 
 
 def spellings(config: TransformerConfig) -> Spellings:
-    """Return the names this layout gives the linears of the blocks."""
-    return {f"{prefix}{name}": place for prefix in READ_PREFIXES for name, place in _names(config).items()}
+    """Return the names this layout gives the linears."""
+    return {f"{prefix}{name}": place for prefix in READ_PREFIXES for name, place in names(config).items()}
 
 
 def to_tensors(factors: Factors, config: TransformerConfig, *, dtype: mx.Dtype) -> dict[str, mx.array]:
@@ -34,7 +34,7 @@ def to_tensors(factors: Factors, config: TransformerConfig, *, dtype: mx.Dtype) 
             fix="use the file as it is: ComfyUI reads it, and diffusers too if it is a LoKr",
         )
     tensors: dict[str, mx.array] = {}
-    for name, (module, third) in _names(config).items():
+    for name, (module, third) in names(config).items():
         if f"{module}.lora_A" in factors:
             up = factors[f"{module}.lora_B"]
             rows = up if third is None else mx.split(up, 3, axis=0)[third]
@@ -43,10 +43,11 @@ def to_tensors(factors: Factors, config: TransformerConfig, *, dtype: mx.Dtype) 
     return tensors
 
 
-def _names(config: TransformerConfig) -> Spellings:
-    names: Spellings = {}
+def names(config: TransformerConfig) -> Spellings:
+    """Return diffusers' own names of the linears, without a prefix."""
+    places: Spellings = {}
     for module in linear_shapes(config):
         sources = diffusers_modules(module)
         for position, source in enumerate(sources):
-            names[source] = Place(module, position if len(sources) > 1 else None)
-    return names
+            places[source] = Place(module, position if len(sources) > 1 else None)
+    return places

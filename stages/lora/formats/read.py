@@ -73,7 +73,11 @@ def _sort(tensors: Mapping[str, mx.array], config: TransformerConfig) -> tuple[A
 
 
 def _number_faults(adapters: Adapters) -> Iterator[Fault]:
-    dtype = [str(place) for place, parts in adapters.items() if any(part.dtype not in FLOATS for part in _big(parts))]
+    dtype = [
+        str(place)
+        for place, parts in adapters.items()
+        if any(part.dtype not in FLOATS for name, part in parts.items() if name != "alpha")
+    ]
     sound = {place: parts for place, parts in adapters.items() if str(place) not in dtype}
     unsound = [
         str(place)
@@ -82,10 +86,6 @@ def _number_faults(adapters: Adapters) -> Iterator[Fault]:
     ]
     yield from _fault("lora.dtype", "adapters are not float32, bfloat16 or float16", dtype)
     yield from _fault("lora.not_finite", "adapters hold infinite or undefined numbers", unsound)
-
-
-def _big(parts: Parts) -> list[mx.array]:
-    return [part for name, part in parts.items() if name != "alpha"]
 
 
 def _shape_faults(plain: Adapters, krons: Adapters, config: TransformerConfig) -> Iterator[Fault]:
