@@ -308,7 +308,7 @@ def test_process_killed_in_the_middle_leaves_no_lock_and_no_litter(tmp_path: Pat
 def test_killed_at_any_moment_nothing_is_half_published_and_the_next_run_heals(tmp_path: Path) -> None:
     killed, left = 0, set()
     toy_job(tmp_path)
-    for _ in deaths(DIE, [str(tmp_path)], every=4):
+    for _ in deaths(DIE, [str(tmp_path)], every=6):
         killed += 1
         left.add(len(whole(tmp_path)))
         run_toy(toy_job(tmp_path))
