@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -10,18 +11,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from schemas.adapter import DoRA, LoRA, Override
+from schemas.adapter import Adapter, DoRA, LoKr, LoRA, Override
 from schemas.ema import Ema
 from schemas.optimizers import AdamW
 from schemas.schedules import Cosine
-from schemas.timesteps import LogitNormal, Uniform
+from schemas.timesteps import LogitNormal, Shift, Timesteps, Uniform
 from schemas.train import Train
+from stages.flux2.flow import training_mu
 from stages.lora.merge import attach
 from stages.training.step import Trainer
+from stages.training.timesteps import STRATA, Moment, draw, probability
 from tests.golden import tiny
 from tests.golden.recorders.curves import MEASURES, trace
 
 PLAIN = Train(steps=2, batch_size=2, learning_rate=1e-2, rank=4, alpha=4.0, gradient_checkpointing=False)
+FACTORS = MEASURES.index("factors")
 
 
 @functools.cache
@@ -55,9 +59,8 @@ def first_to_differ(found: np.ndarray, expected: np.ndarray) -> str:
         ({"targets": "attention"}, "1 gradient norm"),
         ({"exclude": ("double_blocks.*",)}, "1 gradient norm"),
         ({"overrides": (Override(pattern="single_blocks.*", rank=2, alpha=4.0),)}, "1 gradient norm"),
-        ({"adapter": LoRA(init="gaussian")}, "1 gradient norm"),
         ({"adapter": DoRA()}, "1 gradient norm"),
-        ({"adapter": LoRA(dropout=0.2)}, "1 gradient norm"),
+        ({"adapter": LoKr(factor=4)}, "1 gradient norm"),
         ({"clip_norm": 0.01}, "1 factors"),
         ({"optimizer": AdamW(weight_decay=0.5)}, "1 factors"),
         ({"ema": Ema()}, "1 average"),
@@ -67,6 +70,40 @@ def first_to_differ(found: np.ndarray, expected: np.ndarray) -> str:
 )
 def test_setting_acts_first_where_it_should(fields: dict[str, object], first: str) -> None:
     assert first_to_differ(traced(changed(**fields)), traced(PLAIN)) == first
+
+
+COMMON = {"dropout": 0.3, "module_dropout": 0.5, "max_norm": 0.01}
+LOW_RANK = {**COMMON, "init": "gaussian", "rslora": True, "rank_dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "fields"),
+    [(LoRA(), LOW_RANK), (DoRA(), LOW_RANK), (LoKr(factor=4), {**COMMON, "factor": 2})],
+    ids=str,
+)
+def test_every_setting_of_an_adapter_trains_another_one(adapter: Adapter, fields: dict[str, object]) -> None:
+    assert set(fields) == set(adapter.__struct_fields__)
+    plain = traced(changed(adapter=adapter))
+    for name, value in fields.items():
+        other = traced(changed(adapter=msgspec.structs.replace(adapter, **{name: value})))
+        assert other[1, FACTORS] != plain[1, FACTORS], name
+
+
+@pytest.mark.parametrize("kind", typing.get_args(Timesteps))
+def test_strata_of_every_kind_of_timesteps_each_get_one_of_sixteen_draws(kind: type[Timesteps]) -> None:
+    spec, items = kind(stratified=True), [f"item-{index}" for index in range(STRATA)]
+    numbers = [probability(spec, t, 64) for t in draw(spec, Moment(1, 0), items, 64).astype(float)]
+    assert sorted(int(number * STRATA) for number in numbers) == list(range(STRATA))
+
+
+def test_mean_and_std_of_shifted_timesteps_move_and_stretch_the_logits() -> None:
+    def logits(spec: Shift) -> np.ndarray:
+        drawn = draw(spec, Moment(1, 0), [f"item-{index}" for index in range(50)], 64).astype(float)
+        return np.log(drawn / (1 - drawn))
+
+    normal = logits(Shift()) - training_mu(64)
+    found = logits(Shift(mean=-0.5, std=0.7)) - training_mu(64)
+    assert found == pytest.approx(-0.5 + 0.7 * normal, abs=1e-5)  # float32 timesteps
 
 
 def test_another_seed_is_another_order_start_and_draw_of_everything() -> None:

@@ -77,3 +77,28 @@ def test_background_shows_where_a_picture_is_transparent(untrained: Project) -> 
 def test_quantization_is_refused_as_long_as_there_is_none(untrained: Project, setting: str) -> None:
     ran = untrained.run("encode-text", sets=(setting,))
     assert (ran.code, ran.error) == (2, "config.wrong_value")
+
+
+@pytest.mark.parametrize(
+    ("part", "original", "stage"),
+    [
+        ("transformer", "transformer/diffusion_pytorch_model.safetensors", "train"),
+        ("autoencoder", "vae/diffusion_pytorch_model.safetensors", "encode-latents"),
+        ("text_encoder", "text_encoder/model.safetensors", "encode-text"),
+        ("tokenizer", "tokenizer/tokenizer.json", "encode-text"),
+    ],
+)
+def test_part_of_a_model_is_read_where_the_setting_says(
+    own_model: Project, part: str, original: str, stage: str
+) -> None:
+    sets = (QUIET, "train.steps=1")
+    expected = own_model.make(stage, sets=sets)[stage].result["digest"]
+    source = own_model.root / "model" / original
+    source.rename(own_model.root / f"elsewhere{source.suffix}")
+    assert own_model.run(stage, sets=sets).code in (4, 7)
+    # A single transformer file cannot say what it is.
+    elsewhere = (*sets, f"model.{part}=elsewhere{source.suffix}", "model.variant=flux2-micro")
+    ran = own_model.make(
+        "validate", "encode-latents", "encode-text", *(["train"] if stage == "train" else []), sets=elsewhere
+    )
+    assert ran[stage].result["digest"] == expected
