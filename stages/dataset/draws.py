@@ -9,7 +9,6 @@ from typing import Any
 from schemas.base import Strict
 from schemas.manifest import Manifest
 from schemas.tables import DRAWS
-from stages.stores.tables import read_table
 
 
 class Draw(Strict, frozen=True):
@@ -33,6 +32,8 @@ class Draw(Strict, frozen=True):
 
 def read_draws(manifest: Manifest, folder: Path, items: Sequence[Mapping[str, Any]]) -> dict[str, Draw]:
     """Return how each of `items` is drawn; the table is only there when some are not plain. Raises Damaged."""
+    from stages.stores.tables import read_table
+
     if DRAWS.name not in manifest.files:
         return {item["item_id"]: Draw(item_id=item["item_id"], picture=item["item_id"]) for item in items}
     return {row["item_id"]: Draw(**row) for row in read_table(folder / DRAWS.name, DRAWS)}
