@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
-from schemas.adapter import Adapter, Alpha, LoRA, Override, Path, Pattern, Rank
+from schemas.adapter import Adapter, Alpha, DoRA, LoRA, Override, Path, Pattern, Rank
 from schemas.base import Strict
 from schemas.ema import Ema
 from schemas.objective import Loss, Mask, Mse, Preservation, Unweighted, Weighting
@@ -66,7 +66,8 @@ class Train(Strict, frozen=True):
         check(self.resolutions)
         if isinstance(self.timesteps, Weighted) and not isinstance(self.weighting, Unweighted):
             raise ValueError('timesteps of kind "weighted" weight the loss already; take "uniform", or no weighting')
-        if self.init_lora is not None and getattr(self.adapter, "init", "kaiming") != "kaiming":
+        starts_itself = isinstance(self.adapter, LoRA | DoRA) and self.adapter.init != "kaiming"
+        if self.init_lora is not None and starts_itself:
             raise ValueError("init_lora is where the adapter starts: leave out adapter.init")
         if self.adapter.max_norm is not None and isinstance(self.optimizer, ScheduleFree):
             raise ValueError("schedule_free averages past the bound of adapter.max_norm: leave one out")
