@@ -18,6 +18,7 @@ from schemas.resolutions import Phase, check
 from schemas.rotation import Rotation
 from schemas.schedules import Constant, Schedule
 from schemas.timesteps import Shift, Timesteps, Weighted
+from schemas.validation import Validation
 
 Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -52,6 +53,7 @@ class Train(Strict, frozen=True):
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Constant()
     ema: Ema | None = None
+    validation: Validation | None = None
     timesteps: Timesteps = Shift()
     weighting: Weighting = Unweighted()
     loss: Loss = Mse()

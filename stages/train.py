@@ -20,13 +20,15 @@ from stages.contract.runner import differences, upstream
 from stages.flux2.folder import require_trainable
 from stages.flux2.identity import model_of, transformer_digest
 from stages.lora.init_lora import ROLE, init_lora_factors, init_lora_inputs
+from stages.training.sources import held_out_inputs
 
 if TYPE_CHECKING:
     from stages.training.checkpoints import Checkpoint
-    from stages.training.data import TrainingData
     from stages.training.loop import Line
 
 LORA, EMA = "lora.safetensors", "ema.safetensors"
+# Of `validation` only the pictures it keeps from training, of `init_lora` what is in the file.
+UNKEYED = ("checkpoint_every", "init_lora", "rotation", "validation")
 
 
 class Train:
@@ -39,8 +41,8 @@ class Train:
         """Key all settings but `checkpoint_every`, the seed, and the content of everything a step reads."""
         model = model_of(job)
         require_trainable(model, allow_distilled=job.config.model.allow_distilled)
-        settings = {**keyed(job.config.train), "seed": job.config.run.seed}
-        del settings["checkpoint_every"], settings["rotation"], settings["init_lora"]
+        settings = {name: value for name, value in keyed(job.config.train).items() if name not in UNKEYED}
+        settings["seed"] = job.config.run.seed
         latents, _ = upstream(job, "encode-latents")
         text, _ = upstream(job, "encode-text")
         dataset, _ = upstream(job, "validate")
@@ -51,6 +53,7 @@ class Train:
             "empty": text.roles["empty"],
             "transformer": transformer_digest(job, model),
             **init_lora_inputs(job),
+            **held_out_inputs(job),
         }
         if job.config.train.mask is not None:
             inputs["masks"] = latents.roles["masks"]
@@ -159,6 +162,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.training.loop import Loop
     from stages.training.preflight import preflight
     from stages.training.recorder import Recorder
+    from stages.training.sources import training_data, validator
     from stages.training.step import Trainer
 
     settings = job.config.train
@@ -168,7 +172,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     sizes(model_of(job).variant.transformer, settings)
     for line in portability(settings):
         job.warn(line)
-    data = _data(job)
+    data = training_data(job)
     preflight(job, data, backend, start.step if start is not None else 0)
     transformer = load_transformer(model_of(job), backend.compute_dtype)
     start_from = init_lora_factors(job, plan.inputs.get(ROLE), transformer.config)
@@ -182,27 +186,11 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         progress("train", total=settings.steps, done=trainer.steps, quiet=job.flags.quiet) as bar,
         Control(job.run_folder, paused=bar.paused, say=job.say, warn=job.warn) as control,
     ):
-        recorder = Recorder(job, plan, trainer, bar)
+        recorder = Recorder(job, plan, trainer, bar, validator(job))
         recorder.begin(metrics)
-        hears = (recorder.line, recorder.checkpoint, metrics)
+        hears = (recorder.line, recorder.checkpoint, metrics, recorder.measures)
         Loop(trainer, data, settings, job.config.run.seed, *hears, control=control, warn=job.warn).run()
     return recorder.last
-
-
-def _data(job: Job) -> TrainingData:
-    from schemas.tables import DATASET, EMBEDDING_INDEX, LATENT_INDEX, MASK_INDEX
-    from stages.dataset.draws import read_draws
-    from stages.stores.tables import read_table
-    from stages.training.data import Tables, TrainingData
-
-    manifest, folder = upstream(job, "validate")
-    items = read_table(folder / "dataset.parquet", DATASET)
-    encoded = upstream(job, "encode-latents")[1]
-    latents = read_table(encoded / "index.parquet", LATENT_INDEX)
-    masks = read_table(encoded / MASK_INDEX.name, MASK_INDEX) if job.config.train.mask is not None else None
-    embeddings = read_table(upstream(job, "encode-text")[1] / "index.parquet", EMBEDDING_INDEX)
-    draws = read_draws(manifest, folder, items)
-    return TrainingData(job.stores, Tables(items, draws, latents, embeddings, masks))
 
 
 STAGE = Train()

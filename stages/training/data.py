@@ -135,6 +135,11 @@ class TrainingData:
         return [(name, self._shapes[each.item_id]) for each in pictures for name in each.visits]
 
     @property
+    def items(self) -> list[str]:
+        """The item of every picture in every size: the name of its first visit."""
+        return [each.item_id for each in self._pictures]
+
+    @property
     def flips(self) -> bool:
         """Whether every item has a mirrored twin."""
         return any(flip for _, flip in self._latents)

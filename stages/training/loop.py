@@ -43,6 +43,11 @@ class Window:
     batches: list[Batch]
 
 
+def _never(_: int) -> bool:
+    """Let the next step be taken first."""
+    return False
+
+
 def _unheard(_: str) -> None:
     """Warn nobody."""
 
@@ -51,8 +56,9 @@ def _unheard(_: str) -> None:
 class Loop:
     """A training under way. `on_line` hears every metrics line, `on_checkpoint` (step, public) when one is due.
 
-    `control` is where requests come from between steps; `warn` takes a line for the person. A step that finds no
-    memory changes nothing but still counts: the steps after it draw what they would have drawn.
+    `at_once(step)` says whether a step's line is to be heard before the next step is taken. `control` is where
+    requests come from between steps; `warn` takes a line for the person. A step that finds no memory changes nothing
+    but still counts: the steps after it draw what they would have drawn.
     """
 
     trainer: Trainer
@@ -62,6 +68,7 @@ class Loop:
     on_line: Callable[[Line], None]
     on_checkpoint: Callable[[int, bool], None]
     metrics: list[Line] = field(default_factory=list[Line])
+    at_once: Callable[[int], bool] = _never
     control: Control | None = None
     warn: Callable[[str], None] = _unheard
 
@@ -104,6 +111,8 @@ class Loop:
             self._settle()
             self._late = (step + 1, result)
             self._starved = 0
+            if self.at_once(step + 1):
+                self._settle()
             return
         # Only here is what the failed step held let go of: the exception kept it.
         self._starve(step + 1, why)
@@ -198,6 +207,7 @@ class Loop:
         if public:
             self._guards.progress(self.trainer.factors)
         self.on_checkpoint(step, public)
+        self._began = time.monotonic()
         self._saved = (step, public)
         self._unsaved = 0
 
@@ -279,3 +289,4 @@ class Loop:
     def _hand_on(self, line: Line) -> None:
         self.metrics.append(line)
         self.on_line(line)
+        self._began = time.monotonic()

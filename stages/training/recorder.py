@@ -35,30 +35,41 @@ from stages.training.loop import Line
 from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
 from stages.training.rotation import rotate
 from stages.training.step import Trainer
+from stages.training.validation import Validator
 
 
 class Recorder:
     """What is kept while training goes on: live metrics, checkpoints, their LoRA files and pictures."""
 
-    def __init__(self, job: Job, plan: Plan, trainer: Trainer, bar: Progress) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, trainer: Trainer, bar: Progress, validator: Validator | None = None
+    ) -> None:
         self._job = job
         self._plan = plan
         self._trainer = trainer
         self._bar = bar
+        self._validator = validator
         self._metrics: list[Line] = []
         self._live = job.run_folder / results.METRICS
         self._shots: list[tuple[int, str]] = []
         self.last: Checkpoint
 
     def begin(self, metrics: list[Line]) -> None:
-        """Start from the lines of the steps already done; draw the model without a LoRA."""
+        """Start from the lines of the steps already done; measure and draw the model as it is."""
         self._metrics = metrics
+        if not self._trainer.steps and self.measures(0):
+            metrics.append({"step": 0, **self._measured(0)})
         write_file(self._live, metrics_lines(metrics))
         self._shots = [(0, NO_LORA), *self._shots_before()]
         self._draw(None, 0, NO_LORA)
 
+    def measures(self, step: int) -> bool:
+        """Whether the line of `step` must be handed over before the next step is taken: it will be measured."""
+        return self._validator is not None and self._validator.due(step)
+
     def line(self, line: Line) -> None:
-        """Append a step's line, and show it."""
+        """Add to a step's line what is measured at that step, append it to the file, and show it."""
+        line.update(self._measured(int(line["step"])))
         with self._live.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
         self._bar.measure(Measures(line["loss"], line["learning_rate"], int(line["peak_bytes"])))
@@ -95,6 +106,12 @@ class Recorder:
         dtype = getattr(mx, self._job.config.train.save_dtype)
         tensors = to_tensors(portable(self._trainer.transformer, factors), dtype=dtype)
         return {name: from_mlx(array) for name, array in tensors.items()}
+
+    def _measured(self, step: int) -> Line:
+        if self._validator is None or not self._validator.due(step):
+            return {}
+        with self._bar.paused(f"validating step {step}"):
+            return {"validation_loss": self._validator.loss(self._trainer.transformer, self._trainer.factors)}
 
     def _shots_before(self) -> list[tuple[int, str]]:
         """Return the steps already shown, each with the digest of its LoRA."""
