@@ -59,7 +59,7 @@ class Validate:
             )
         if dataset.faults and not job.config.validate.skip_bad:
             raise RejectedInput.of(dataset.faults)
-        if not dataset.items:
+        if all(item.draw.prior for item in dataset.items):
             raise RejectedInput(
                 "dataset.empty",
                 "no picture is left to train on",
