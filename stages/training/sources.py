@@ -5,6 +5,7 @@ Imported to plan: whatever is heavy is imported inside.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.contract.digests import digest_of
@@ -12,17 +13,19 @@ from stages.contract.job import Job
 from stages.contract.runner import upstream
 
 if TYPE_CHECKING:
+    from stages.dataset.draws import Draw
     from stages.training.data import TrainingData
     from stages.training.validation import Validator
+
+Items = Sequence[Mapping[str, Any]]
 
 
 def held_out_inputs(job: Job) -> dict[str, str]:
     """Return the digest of which items validation keeps from training, as an input of the stage; none when off."""
     if job.config.train.validation is None:
         return {}
-    from stages.dataset.holdout import held_out
-
-    return {"held_out": digest_of("held-out", sorted(held_out(_items(job), job.config.train.validation)))}
+    items, draws = _items(job)
+    return {"held_out": digest_of("held-out", sorted(_held_out(job, items, draws)))}
 
 
 def validator(job: Job) -> Validator | None:
@@ -38,15 +41,11 @@ def validator(job: Job) -> Validator | None:
 def training_data(job: Job, *, held_out: bool = False) -> TrainingData:
     """Return the latents and embeddings to train on, or those of the pictures kept from training."""
     from schemas.tables import EMBEDDING_INDEX, LATENT_INDEX, MASK_INDEX
-    from stages.dataset import holdout
-    from stages.dataset.draws import read_draws
     from stages.stores.tables import read_table
     from stages.training.data import Tables, TrainingData
 
-    manifest, folder = upstream(job, "validate")
-    rows = _items(job)
-    draws = read_draws(manifest, folder, rows)
-    held = holdout.held_out(rows, job.config.train.validation)
+    rows, draws = _items(job)
+    held = _held_out(job, rows, draws)
     items = [row for row in rows if (row["item_id"] in held) == held_out]
     encoded = upstream(job, "encode-latents")[1]
     latents = read_table(encoded / "index.parquet", LATENT_INDEX)
@@ -55,8 +54,18 @@ def training_data(job: Job, *, held_out: bool = False) -> TrainingData:
     return TrainingData(job.stores, Tables(items, draws, latents, embeddings, masks))
 
 
-def _items(job: Job) -> list[dict[str, Any]]:
+def _items(job: Job) -> tuple[Items, Mapping[str, Draw]]:
     from schemas.tables import DATASET
+    from stages.dataset.draws import read_draws
     from stages.stores.tables import read_table
 
-    return read_table(upstream(job, "validate")[1] / "dataset.parquet", DATASET)
+    manifest, folder = upstream(job, "validate")
+    items = read_table(folder / "dataset.parquet", DATASET)
+    return items, read_draws(manifest, folder, items)
+
+
+def _held_out(job: Job, items: Items, draws: Mapping[str, Draw]) -> frozenset[str]:
+    """Return the items kept from training: never pictures of the class, whose loss says nothing of the subject."""
+    from stages.dataset.holdout import held_out
+
+    return held_out([row for row in items if not draws[row["item_id"]].prior], job.config.train.validation)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from stages.stores.tensors import load, tensor_digest
-from tests.stages.project import COLORS, Project
+from tests.stages.project import COLORS, Project, draw
 
 # Curves are drawn once, not at every checkpoint: they take longer than these few steps.
 QUIET = ("preview.during_training=false", "train.checkpoint_every=100", "train.steps=3")
@@ -101,6 +101,16 @@ def test_choice_that_cannot_be_is_refused_before_training(untrained: Project, se
     if code == "validation.unknown_picture":
         assert "did you mean ada.png?" in refused.stderr
         assert refused.stderr.count("error[") == 2
+
+
+def test_pictures_of_the_class_are_never_held_out(untrained: Project) -> None:
+    draw(untrained.root / "class", "someone", (9, 9, 9), "a person")
+    sets = (*ON, 'validate.class_dataset="class"', 'train.preservation.kind="prior"')
+    untrained.make("validate", "encode-latents", "encode-text", sets=sets)
+    # A picture of the class is left, but none of the subject.
+    refused = untrained.run("train", sets=(*sets, "train.validation.pictures=4"))
+    assert (refused.code, refused.error) == (2, "validation.nothing_left")
+    assert untrained.run("train", sets=(*sets, "train.validation.pictures=3")).code == 0
 
 
 def test_held_out_run_is_whole(validated: Project, tmp_path: Path) -> None:
