@@ -131,3 +131,10 @@ def test_compile_traces_gradient_and_update_and_its_absence_neither(monkeypatch:
         attach(model, PLAIN, seed=1)
         Trainer(model, changed(compile=switch), 1)
         assert traces == expected
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_gradient_checkpointing_is_asked_of_the_transformer(switch: bool) -> None:  # noqa: FBT001
+    model = tiny.transformer("klein")
+    attach(model, PLAIN, seed=1)
+    assert Trainer(model, changed(gradient_checkpointing=switch), 1).transformer.checkpoint is switch

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from schemas.train import Train
 from stages.stores import tensors
 from tests.stages.project import Project, rows
+from tests.test_settings import SHOWN, UNKEYED
 
 QUIET = "preview.during_training=false"
 
@@ -33,6 +38,40 @@ def test_every_setting_of_previews_draws_another_picture_of_the_same_lora(projec
     assert not np.array_equal(before, after)
     assert np.array_equal(picture(project), before)
     assert project.lora.read_bytes() == lora
+
+
+def test_key_of_a_training_holds_every_setting_but_those_said_to_be_unkeyed(finished: Project) -> None:
+    (manifest,) = (finished.store / "train").glob("*/manifest.json")
+    keyed = set(msgspec.json.decode(manifest.read_bytes())["params"]) - {"seed"}
+    of_train = {name: re.split(r"[.\[]", name)[1] for name in SHOWN if name.startswith("train.")}
+    unkeyed = {of_train[name] for name in UNKEYED if name in of_train}
+    # Fields added later are left out at their neutral value, as they are here.
+    assert keyed | set(Train.NEUTRAL) | unkeyed == set(of_train.values())
+    assert not keyed & unkeyed
+
+
+def test_setting_in_no_key_leaves_a_training_up_to_date(project: Project) -> None:
+    settings = [
+        *("model.allow_distilled=true", "train.checkpoint_every=3", "train.rotation={keep_last = 1}", QUIET),
+        *("preview.seed=43", "preview.size=48", "preview.steps=3", "preview.guidance=1.5"),
+    ]
+    before = project.lora.read_bytes()
+    for setting in settings:
+        ran = project.run("train", sets=(setting,))
+        assert (ran.code, ran.status) == (0, "up to date"), setting
+        assert project.lora.read_bytes() == before
+
+
+def test_seed_of_validation_draws_another_noise_and_trains_the_same(untrained: Project) -> None:
+    found = []
+    for seed in (1, 2):
+        validation = ('train.validation={names = ["ada.png"]}', f"train.validation.seed={seed}")
+        assert untrained.run("train", "--force", sets=(QUIET, "train.steps=2", *validation)).code == 0
+        first = (untrained.results / "metrics.jsonl").read_bytes().splitlines()[0]
+        found.append((msgspec.json.decode(first)["validation_loss"], untrained.lora.read_bytes()))
+    (one, trained), (other, again) = found
+    assert one != other
+    assert trained == again
 
 
 def test_previews_have_the_size_asked_for(project: Project) -> None:
