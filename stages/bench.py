@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import msgspec
@@ -87,7 +87,7 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
             mx.reset_peak_memory()
         began = time.perf_counter()
         result = trainer.step([batch])
-        loss = result.loss.item()
+        loss = cast(float, result.loss.item())
         mx.synchronize()
         times.append(time.perf_counter() - began)
     return Measured(

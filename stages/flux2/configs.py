@@ -205,8 +205,8 @@ def identify(
         "custom",
         transformer,
         rows[0].text_encoder if rows else text_encoder,
-        distilled,
         *(DISTILLED_SAMPLING if distilled else BASE_SAMPLING),
+        distilled=distilled,
         autoencoder=autoencoder,
     )
 

@@ -91,9 +91,9 @@ class Variant:
     name: str
     transformer: TransformerConfig
     text_encoder: TextEncoderConfig
-    distilled: bool
     preview_steps: int
     preview_guidance: float
+    distilled: bool = False
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     hub_id: str | None = None
 
@@ -125,7 +125,6 @@ MICRO = Variant(
     autoencoder=AutoencoderConfig(
         latent_channels=8, block_out_channels=(32, 48, 64, 64), layers_per_block=1, norm_num_groups=8
     ),
-    distilled=False,
     preview_steps=8,
     preview_guidance=3.0,
 )
@@ -133,11 +132,11 @@ MICRO = Variant(
 VARIANTS: dict[str, Variant] = {
     row.name: row
     for row in (
-        Variant("klein-base-4b", KLEIN_4B, QWEN3_4B, False, 50, 4.0, hub_id="black-forest-labs/FLUX.2-klein-base-4B"),
-        Variant("klein-4b", KLEIN_4B, QWEN3_4B, True, 4, 1.0, hub_id="black-forest-labs/FLUX.2-klein-4B"),
-        Variant("klein-base-9b", KLEIN_9B, QWEN3_8B, False, 50, 4.0, hub_id="black-forest-labs/FLUX.2-klein-base-9B"),
-        Variant("klein-9b", KLEIN_9B, QWEN3_8B, True, 4, 1.0, hub_id="black-forest-labs/FLUX.2-klein-9B"),
-        Variant("dev", DEV, MISTRAL_24B, False, 50, 4.0, hub_id="black-forest-labs/FLUX.2-dev"),
+        Variant("klein-base-4b", KLEIN_4B, QWEN3_4B, 50, 4.0, hub_id="black-forest-labs/FLUX.2-klein-base-4B"),
+        Variant("klein-4b", KLEIN_4B, QWEN3_4B, 4, 1.0, distilled=True, hub_id="black-forest-labs/FLUX.2-klein-4B"),
+        Variant("klein-base-9b", KLEIN_9B, QWEN3_8B, 50, 4.0, hub_id="black-forest-labs/FLUX.2-klein-base-9B"),
+        Variant("klein-9b", KLEIN_9B, QWEN3_8B, 4, 1.0, distilled=True, hub_id="black-forest-labs/FLUX.2-klein-9B"),
+        Variant("dev", DEV, MISTRAL_24B, 50, 4.0, hub_id="black-forest-labs/FLUX.2-dev"),
         MICRO,
     )
 }
