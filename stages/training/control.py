@@ -75,9 +75,10 @@ class Control:
 
     def answer(self, request: Request, step: int, said: str) -> None:
         """Say what was done after `step`, to who asked and to who watches."""
-        self._say(f"control: {said}")
         write_file(self._answer, msgspec.json.encode(Answer(id=request.id, step=step, said=said)))
+        # Only now: who asked asks again when neither the request nor its answer is there.
         self._request.unlink(missing_ok=True)
+        self._say(f"control: {said}")
 
 
 def ask(run_folder: Path, action: Action, waiting: Callable[[str], None]) -> Answer:

@@ -93,7 +93,7 @@ class Loop:
                 done = step + 1
                 if done == stop:
                     self._save(done, public=True)
-                elif done % self.settings.checkpoint_every == 0:
+                elif done % self.settings.checkpoint_every == 0 and self._starved == 0:
                     self._try_to_save(done)
                 self._attend(done)
                 if self._interruption.signal_number is not None and done < stop:

@@ -1,105 +1,22 @@
-"""The loop: a stop after any step leaves no trace, checkpoints fall where they should, divergence ends it."""
+"""The loop: a stop after any step leaves no trace, checkpoints fall where they should, what goes wrong ends it."""
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import msgspec
 import pytest
 
-from schemas.errors import Diverged, Stopped
-from schemas.train import Train
-from stages.stores.tensors import from_mlx, tensor_digest, to_mlx
-from stages.training.checkpoints import Snapshot, newest, write_checkpoint
-from stages.training.loop import Line, Loop
-from stages.training.step import Trainer
+from schemas.errors import Diverged, NoResources, Stopped
+from stages.training.loop import Loop
+from stages.training.objective import Batch
+from stages.training.step import StepResult, Trainer
 from tests.training import corpus
-
-STEPS = 8
-SETTINGS = Train(
-    steps=STEPS,
-    batch_size=2,
-    gradient_accumulation=2,
-    learning_rate=1e-3,
-    rank=4,
-    alpha=4.0,
-    checkpoint_every=3,
-    caption_dropout=0.3,
-    gradient_checkpointing=False,
-)
-SEED = 5
-TRAJECTORY = "0" * 64
-
-
-def fail(text: str) -> None:
-    raise AssertionError(text)
-
-
-@dataclass
-class Run:
-    """Training in a store of its own; it resumes from what the store has."""
-
-    store: Path
-    tables: corpus.Tables
-    settings: Train = SETTINGS
-    lines: list[Line] = field(default_factory=list[Line])
-    checkpoints: list[tuple[int, bool]] = field(default_factory=list[tuple[int, bool]])
-
-    def go(self, heard: Callable[[Line], None] = lambda _: None) -> Trainer:
-        """Train on; `heard` is told of every line."""
-        trainer = corpus.trainer(self.settings)
-        start = newest([self.store], TRAJECTORY, self.settings.steps, fail)
-        if start is not None:
-            trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
-            self.lines = start.metrics()
-
-        def on_line(line: Line) -> None:
-            self.lines.append(line)
-            heard(line)
-
-        def on_checkpoint(step: int, public: bool) -> None:  # noqa: FBT001
-            state = {name: from_mlx(array) for name, array in trainer.state().items()}
-            snapshot = Snapshot(
-                step=step, public=public, state=state, lora=state, ema=None, metadata={}, metrics=self.lines
-            )
-            write_checkpoint(self.store, TRAJECTORY, snapshot)
-            self.checkpoints.append((step, public))
-
-        data = corpus.data(self.store, self.tables)
-        Loop(trainer, data, self.settings, SEED, on_line, on_checkpoint).run()
-        return trainer
-
-    def trace(self) -> tuple[str, list[Line]]:
-        """Return the digest of the state saved last, and the lines without time and memory."""
-        end = newest([self.store], TRAJECTORY, self.settings.steps, fail)
-        assert end is not None
-        kept = ("step", "loss", "learning_rate", "grad_norm")
-        return tensor_digest(end.state()), [{name: line[name] for name in kept} for line in self.lines]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run without a stop; only to be looked at."""
-    store = tmp_path_factory.mktemp("unbroken")
-    run = Run(store, corpus.write(store))
-    run.go()
-    return run
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path, corpus.write(tmp_path))
-
-
-def raising(number: signal.Signals, after: int) -> Callable[[Line], None]:
-    def heard(line: Line) -> None:
-        if line["step"] == after:
-            signal.raise_signal(number)
-
-    return heard
+from tests.training.runs import SEED, SETTINGS, STEPS, Run, raising
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -178,3 +95,120 @@ def test_run_that_learns_nothing_ends_at_its_first_checkpoint(run: Run) -> None:
         run.go()
     assert diverged.value.faults[0].code == "train.no_progress"
     assert run.checkpoints == []
+
+
+def test_latents_that_overflow_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = corpus.latent
+    monkeypatch.setattr(corpus, "latent", lambda item, **flip: latent(item, **flip) * 1e25)
+    run = Run(tmp_path, corpus.write(tmp_path), msgspec.structs.replace(SETTINGS, checkpoint_every=50))
+    with pytest.raises(Diverged) as diverged:
+        run.go()
+    assert diverged.value.faults[0].code == "train.not_finite"
+    assert run.checkpoints == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = Trainer.step
+
+    def overflow(trainer: Trainer, batches: list[Batch]) -> StepResult:
+        result = apply(trainer, batches)
+        if trainer.steps == 3:
+            state = trainer.state()
+            trainer.load_state({name: array * 1e39 if "lora_A" in name else array for name, array in state.items()})
+        return result
+
+    monkeypatch.setattr(Trainer, "step", overflow)
+    with pytest.raises(Diverged) as diverged:
+        run.go()
+    assert diverged.value.faults[0].code == "train.weights_not_finite"
+    assert run.checkpoints == []
+
+
+def without_memory(patch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let MLX fail to allocate while it computes each of `steps`, once."""
+    launch, left = Trainer._launch, list(steps)
+
+    def failing(trainer: Trainer, arrays: list[mx.array]) -> None:
+        launch(trainer, arrays)
+        if trainer.steps + 1 in left:
+            left.remove(trainer.steps + 1)
+            raise RuntimeError("[malloc_or_wait] Unable to allocate 99 bytes.")
+
+    patch.setattr(Trainer, "_launch", failing)
+
+
+def test_step_without_memory_is_left_out_and_the_run_resumes_without_a_trace(tmp_path: Path) -> None:
+    ends: list[str] = []
+    for name, after in (("straight", STEPS), ("stopped", 5)):
+        store = tmp_path / name
+        store.mkdir()
+        run = Run(store, corpus.write(store))
+        with pytest.MonkeyPatch.context() as patch:
+            without_memory(patch, 4)
+            if after < STEPS:
+                with pytest.raises(Stopped):
+                    run.go(raising(signal.SIGTERM, after))
+            assert run.go().steps == STEPS
+        assert run.warnings == [
+            "step 4 found no memory and was left out: [malloc_or_wait] Unable to allocate 99 bytes."
+        ]
+        assert [line["step"] for line in run.lines] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in run.lines if line["loss"] is None or math.isnan(line["loss"])] == [4]
+        ends.append(run.trace()[0])
+    assert ends[0] == ends[1]
+
+
+def test_three_steps_without_memory_in_a_row_end_the_run_and_cost_no_work(run: Run, unbroken: Run) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        without_memory(patch, 5, 6, 7)
+        with pytest.raises(NoResources) as ended:
+            run.go()
+    assert ended.value.faults[0].code == "memory.full"
+    assert run.checkpoints == [(3, True), (4, False)]
+    assert run.go().steps == STEPS
+    assert run.trace() == unbroken.trace()
+
+
+def test_first_steps_without_memory_end_the_run_without_a_checkpoint(run: Run) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        without_memory(patch, 1, 2, 3)
+        with pytest.raises(NoResources):
+            run.go()
+    assert run.checkpoints == []
+
+
+def test_other_errors_of_a_step_are_not_taken_for_full_memory(run: Run) -> None:
+    trainer = corpus.trainer(SETTINGS)
+    trainer.transformer.img_in.weight = trainer.transformer.img_in.weight[:, :-1]
+    data = corpus.data(run.store, run.tables)
+    with pytest.raises(ValueError, match="matmul"):
+        Loop(trainer, data, SETTINGS, SEED, print, print).run()
+
+
+def test_full_disk_is_tried_again_at_the_next_checkpoint(run: Run, unbroken: Run) -> None:
+    run.full = {3}
+    run.go()
+    assert run.checkpoints == [(6, True), (8, True)]
+    [warning] = run.warnings
+    assert warning.startswith("step 3 could not be saved, training goes on: error[disk.full]")
+    assert run.trace() == unbroken.trace()
+
+
+@pytest.mark.parametrize(
+    ("full", "every", "saved"),
+    [
+        ({2, 3, 4}, 1, [(1, True)]),
+        ({2, 3, 5, 6}, 1, [(1, True), (4, True), (7, True), (8, True)]),
+        ({8}, 4, [(4, True)]),
+    ],
+)
+def test_disk_full_three_times_in_a_row_or_at_the_end_ends_the_run(
+    run: Run, full: set[int], every: int, saved: list[tuple[int, bool]]
+) -> None:
+    run.full, run.settings = full, msgspec.structs.replace(SETTINGS, checkpoint_every=every)
+    if saved[-1][0] == STEPS:
+        run.go()
+    else:
+        with pytest.raises(NoResources):
+            run.go()
+    assert run.checkpoints == saved
