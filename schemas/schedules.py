@@ -1,7 +1,7 @@
 """`[train.schedule]`: how the learning rate goes over the steps, tagged by `kind`.
 
 Every kind warms up linearly over `warmup_steps`. Those that decay do so over the rest of `train.steps`, down to
-`min_ratio` of the peak.
+`min_ratio` of the peak; one rises.
 """
 
 from __future__ import annotations
@@ -59,4 +59,11 @@ class Rex(Strict, frozen=True, tag_field="kind", tag="rex"):
     min_ratio: MinRatio = 0.0
 
 
-Schedule = Constant | Linear | Cosine | CosineRestarts | Polynomial | Rex
+class Rising(Strict, frozen=True, tag_field="kind", tag="rising"):
+    """Up to the peak from `min_ratio` of it, by the same factor every step: how `find-lr` tries rates."""
+
+    warmup_steps: Warmup = 0
+    min_ratio: Annotated[float, Meta(gt=0.0, le=1.0)] = 1e-4
+
+
+Schedule = Constant | Linear | Cosine | CosineRestarts | Polynomial | Rex | Rising

@@ -40,6 +40,7 @@ HELPERS = {
     "run": "Pictures in, LoRA out: write the pipeline and run its six stages.",
     "fetch": "Bring a model's files from the Hugging Face hub.",
     "timesteps": "Show which noise levels a configuration trains.",
+    "find-lr": "Try rising learning rates on the cached latents, and suggest one.",
     "control": "Ask a training under way to pause, go on, stop, save or draw.",
     "bench": "Measure training steps on this machine, with random weights.",
 }

@@ -19,7 +19,7 @@ from stages.contract.publish import write_file
 from stages.contract.runner import differences, upstream
 from stages.flux2.folder import require_trainable
 from stages.flux2.identity import model_of, transformer_digest
-from stages.lora.init_lora import ROLE, init_lora_factors, init_lora_inputs
+from stages.lora.init_lora import ROLE, init_lora_inputs
 from stages.training.sources import held_out_inputs
 
 if TYPE_CHECKING:
@@ -154,16 +154,13 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     """Train to the last step and return its checkpoint. Raises Stopped, Diverged, Damaged."""
     from stages.console.progress import progress
     from stages.flux2.backend import prepare
-    from stages.flux2.load import load_transformer
-    from stages.lora.merge import attach
     from stages.lora.targets import portability, sizes
     from stages.stores.tensors import to_mlx
     from stages.training.control import Control
     from stages.training.loop import Loop
     from stages.training.preflight import preflight
     from stages.training.recorder import Recorder
-    from stages.training.sources import training_data, validator
-    from stages.training.step import Trainer
+    from stages.training.sources import make_trainer, training_data, validator
 
     settings = job.config.train
     backend = prepare()
@@ -174,10 +171,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         job.warn(line)
     data = training_data(job)
     preflight(job, data, backend, start.step if start is not None else 0)
-    transformer = load_transformer(model_of(job), backend.compute_dtype)
-    start_from = init_lora_factors(job, plan.inputs.get(ROLE), transformer.config)
-    attach(transformer, settings, seed=job.config.run.seed, start=start_from)
-    trainer = Trainer(transformer, settings, job.config.run.seed)
+    trainer = make_trainer(job, settings, backend.compute_dtype, plan.inputs.get(ROLE))
     metrics: list[Line] = []
     if start is not None:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})

@@ -34,6 +34,8 @@ OPTIONS = {
     "fetch": "model --revision --debug",
     "timesteps": "--config -c --set --runs --draws --json --debug",
     "control": "run action --runs --json --debug",
+    "find-lr": "--config -c --set --store --also --runs --lowest --highest --steps --output -o "
+    "--json --quiet --debug",
     "bench": "model --size --batch-size --rank --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import assert_never
 
-from schemas.schedules import Constant, Cosine, CosineRestarts, Linear, Polynomial, Rex, Schedule
+from schemas.schedules import Constant, Cosine, CosineRestarts, Linear, Polynomial, Rex, Rising, Schedule
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, total: int) -> float:
@@ -31,6 +31,8 @@ def learning_rate(schedule: Schedule, peak: float, step: int, total: int) -> flo
             shape = left**power
         case Rex(min_ratio=lowest):
             shape = left / (0.5 + 0.5 * left)
+        case Rising(min_ratio=lowest):
+            return peak * lowest**left
         case _:
             assert_never(schedule)
     return peak * (lowest + (1 - lowest) * shape)
@@ -41,7 +43,7 @@ def depends_on_total(schedule: Schedule) -> bool:
     match schedule:
         case Constant():
             return False
-        case Linear() | Cosine() | CosineRestarts() | Polynomial() | Rex():
+        case Linear() | Cosine() | CosineRestarts() | Polynomial() | Rex() | Rising():
             return True
         case _:
             assert_never(schedule)

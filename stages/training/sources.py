@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from schemas.train import Train
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.runner import upstream
+from stages.flux2.identity import model_of
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from stages.dataset.draws import Draw
     from stages.training.data import TrainingData
+    from stages.training.step import Trainer
     from stages.training.validation import Validator
 
 Items = Sequence[Mapping[str, Any]]
@@ -35,7 +40,21 @@ def validator(job: Job) -> Validator | None:
         return None
     from stages.training.validation import Validator
 
-    return Validator(training_data(job, held_out=True), spec)
+    data = training_data(job, held_out=True)
+    return Validator(data, data.items, spec)
+
+
+def make_trainer(job: Job, settings: Train, compute_dtype: mx.Dtype, init_lora: str | None) -> Trainer:
+    """Return a trainer of the job's model with fresh adapters, or those of the LoRA file of digest `init_lora`."""
+    from stages.flux2.load import load_transformer
+    from stages.lora.init_lora import init_lora_factors
+    from stages.lora.merge import attach
+    from stages.training.step import Trainer
+
+    transformer = load_transformer(model_of(job), compute_dtype)
+    start = init_lora_factors(job, init_lora, transformer.config)
+    attach(transformer, settings, seed=job.config.run.seed, start=start)
+    return Trainer(transformer, settings, job.config.run.seed)
 
 
 def training_data(job: Job, *, held_out: bool = False) -> TrainingData:

@@ -6,7 +6,7 @@ timesteps, weights and losses: it is the plain mean square of the velocity's err
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -24,9 +24,9 @@ from stages.training.randomness import noise
 class Validator:
     """Measures a transformer with adapters on held-out items; it changes neither."""
 
-    def __init__(self, data: TrainingData, spec: Validation) -> None:
+    def __init__(self, data: TrainingData, item_ids: Sequence[str], spec: Validation) -> None:
         self._data = data
-        self._item_ids = sorted(data.items)
+        self._item_ids = sorted(item_ids)
         self._spec = spec
 
     def due(self, step: int) -> bool:
