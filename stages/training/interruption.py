@@ -1,22 +1,33 @@
-"""Stopping between steps: the first SIGINT or SIGTERM is remembered, a second one ends the process at once."""
+"""Stopping between steps: the first signal to stop is remembered, a second one ends the process at once."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What each stands for: a terminal that is closed ends a training as SIGTERM does.
+SIGNALS = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
 
 
 class Interruption:
-    """While entered, `signal_number` becomes that of the first signal; the next acts as if nothing were here."""
+    """While entered, `signal_number` becomes what the first signal stands for; the next acts as if nothing were here.
+
+    A SIGHUP that is ignored, as nohup has it, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        heard = [
+            number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        ]
+        self._before = {number: signal.signal(number, self._remember) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -24,6 +35,6 @@ class Interruption:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
-        for each in SIGNALS:
+        self.signal_number = SIGNALS[signal.Signals(number)]
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)

@@ -28,7 +28,7 @@ def test_first_signal_is_remembered_and_handlers_come_back(number: signal.Signal
     with Interruption() as interruption:
         assert interruption.signal_number is None
         signal.raise_signal(number)
-        assert interruption.signal_number == number
+        assert interruption.signal_number == SIGNALS[number]
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
@@ -38,3 +38,17 @@ def test_second_signal_ends_the_process_at_once(first: str, second: str) -> None
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.stdout == f"{int(signal.Signals[first])}\n"
     assert ended.returncode == -signal.Signals[second]
+
+
+def test_closed_terminal_stops_like_sigterm_unless_nohup_ignores_it() -> None:
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.signal_number == signal.SIGTERM
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert interruption.signal_number is None
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
