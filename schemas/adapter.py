@@ -15,6 +15,7 @@ Rank = Annotated[int, Meta(ge=1, le=1024)]
 Alpha = Annotated[float, Meta(gt=0.0, le=4096.0)]
 Rate = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Norm = Annotated[float, Meta(gt=0.0, le=1e6)]
+# Shell-style, or behind "re:" a regular expression; of a linear's whole name.
 Pattern = Annotated[str, Meta(min_length=1, max_length=256)]
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 

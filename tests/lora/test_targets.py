@@ -58,6 +58,46 @@ def test_every_pattern_that_matches_nothing_is_named_with_its_neighbours() -> No
     assert "never adapted" in faults[1].why
 
 
+def test_regular_expression_chooses_by_the_whole_name_and_mixes_with_shell_patterns() -> None:
+    names = resolve(KLEIN, (r"re:double_blocks\.[01]\.(img|txt)_attn\.proj", "single_blocks.1.*"))
+    assert names == [
+        *(f"double_blocks.{index}.{stream}_attn.proj" for index in range(2) for stream in ("img", "txt")),
+        "single_blocks.1.linear1",
+        "single_blocks.1.linear2",
+    ]
+    assert resolve(KLEIN, (r"re:single_blocks\.\d\.linear1",)) == [
+        "single_blocks.0.linear1",
+        "single_blocks.1.linear1",
+    ]
+    with pytest.raises(BadConfig, match="matches none"):
+        resolve(KLEIN, ("re:linear1",))
+
+
+def test_regular_expressions_exclude_and_override_as_they_choose() -> None:
+    overrides = (Override(pattern=r"re:.*\.0\.linear[12]", rank=2, alpha=1.0),)
+    found = sizes(KLEIN, Train(rank=4, alpha=2.0, exclude=(r"re:double_blocks\..+",), overrides=overrides))
+    assert found == {
+        "single_blocks.0.linear1": (2, 1.0),
+        "single_blocks.0.linear2": (2, 1.0),
+        "single_blocks.1.linear1": (4, 2.0),
+        "single_blocks.1.linear2": (4, 2.0),
+    }
+
+
+def test_every_pattern_that_is_no_regular_expression_is_named() -> None:
+    with pytest.raises(BadConfig) as caught:
+        resolve(KLEIN, ("re:(", "re:nothing", "*"), exclude=("re:a{99999999999999}", "*.qkv"))
+    found = [(fault.code, fault.where, fault.what.split()[2]) for fault in caught.value.faults]
+    assert found == [
+        ("train.bad_pattern", "train.targets", "re:("),
+        ("train.no_such_target", "train.targets", "re:nothing"),
+        ("train.bad_pattern", "train.exclude", "re:a{99999999999999}"),
+    ]
+    assert "position 0" in caught.value.faults[0].why
+    with pytest.raises(BadConfig, match=r"re:\* is no regular expression.*train\.overrides"):
+        sizes(KLEIN, Train(overrides=(Override(pattern="re:*", rank=2, alpha=1.0),)))
+
+
 def test_no_targets_at_all_is_refused() -> None:
     with pytest.raises(BadConfig, match="empty"):
         resolve(KLEIN, ())
