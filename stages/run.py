@@ -36,6 +36,8 @@ from stages.contract.runner import STAGES
 from stages.flux2.variants import VARIANTS
 
 PIPELINE = "pipeline.toml"
+# Exit codes above this are of processes that a signal stopped.
+SIGNALLED = 128
 HEADER = """# Written by `flux2-lora run`; {digest}
 # It stands for that command: copy it to change more settings, and run the stages with --config.
 
@@ -110,10 +112,16 @@ def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int,
             code, printed = _run_process(command, display.feed)
             with contextlib.suppress(msgspec.DecodeError):
                 result = msgspec.json.decode(printed, type=Result)
-            display.finish(stage, "failed" if code or result is None else result.status)
+            display.finish(stage, _status(code, result))
             if code:
                 return code, result
     return 0, result
+
+
+def _status(code: int, result: Result | None) -> str:
+    if code > SIGNALLED:
+        return "stopped"
+    return "failed" if code or result is None else result.status
 
 
 def _run_process(command: Sequence[str], hear: Callable[[str], None]) -> tuple[int, bytes]:

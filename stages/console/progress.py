@@ -32,6 +32,7 @@ PLAIN_PERCENT = 10
 EVENT_SECONDS = 0.25
 REFRESHES_PER_SECOND = 4
 BAR_WIDTH = 24
+UNFINISHED = ("failed", "stopped")
 
 Show = Callable[[Reached], None]
 
@@ -300,7 +301,7 @@ class ChainDisplay:
         """Mark a stage as ended, with the status of its result."""
         state = self._states[stage]
         total = state.total or 1
-        done = state.done if status == "failed" else total
+        done = state.done if status in UNFINISHED else total
         self._reached(
             msgspec.structs.replace(state, done=done, total=total, seconds_left=None, note=status), always=True
         )
