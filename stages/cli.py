@@ -41,6 +41,7 @@ HELPERS = {
     "fetch": "Bring a model's files from the Hugging Face hub.",
     "timesteps": "Show which noise levels a configuration trains.",
     "find-lr": "Try rising learning rates on the cached latents, and suggest one.",
+    "ema": "Average the checkpoints of a training into one LoRA.",
     "control": "Ask a training under way to pause, go on, stop, save or draw.",
     "bench": "Measure training steps on this machine, with random weights.",
 }

@@ -28,6 +28,7 @@ from schemas.manifest import Result
 from schemas.run import Config
 from schemas.train import Train
 from stages.console import messages
+from stages.console.progress import ChainDisplay, Status
 from stages.contract.artifacts import restore_file
 from stages.contract.config import load_config
 from stages.contract.digests import StatCache, sha256_bytes
@@ -103,8 +104,6 @@ def write_pipeline(path: Path, tables: dict[str, Any]) -> Config:
 
 def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int, Result | None]:
     """Run the six stages in order under one display; return the first failure's exit code and the last result."""
-    from stages.console.progress import ChainDisplay
-
     result: Result | None = None
     with ChainDisplay(STAGES, quiet=quiet).shown() as display:
         for stage in STAGES:
@@ -118,7 +117,7 @@ def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int,
     return 0, result
 
 
-def _status(code: int, result: Result | None) -> str:
+def _status(code: int, result: Result | None) -> Status:
     if code > SIGNALLED:
         return "stopped"
     return "failed" if code or result is None else result.status

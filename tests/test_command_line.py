@@ -36,6 +36,7 @@ OPTIONS = {
     "control": "run action --runs --json --debug",
     "find-lr": "--config -c --set --store --also --runs --lowest --highest --steps --output -o "
     "--json --quiet --debug",
+    "ema": "--config -c --set --store --also --runs --sigma-rel --output -o --json --quiet --debug",
     "bench": "model --size --batch-size --rank --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}

@@ -33,6 +33,7 @@ EVENT_SECONDS = 0.25
 REFRESHES_PER_SECOND = 4
 BAR_WIDTH = 24
 UNFINISHED = ("failed", "stopped")
+Status = Literal["built", "up to date", "failed", "stopped"]
 
 Show = Callable[[Reached], None]
 
@@ -297,7 +298,7 @@ class ChainDisplay:
                 sys.stderr.write(f"{prefix}{printable(event.text)}\n")
                 sys.stderr.flush()
 
-    def finish(self, stage: str, status: Literal["built", "up to date", "failed"]) -> None:
+    def finish(self, stage: str, status: Status) -> None:
         """Mark a stage as ended, with the status of its result."""
         state = self._states[stage]
         total = state.total or 1
