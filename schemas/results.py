@@ -6,6 +6,8 @@ METRICS = "metrics.jsonl"
 CURVES = "training_curves.png"
 PREVIEWS = "previews.png"
 VERIFY = "verify.json"
+TRACE = "trace.json"
+TENSORBOARD = "tensorboard"
 TRAJECTORY = "trajectory.json"
 LATEST_PREVIEW = "preview_latest.png"
 # Only while a training is under way.

@@ -18,6 +18,7 @@ from schemas.resolutions import Phase, check
 from schemas.rotation import Rotation
 from schemas.schedules import Constant, Schedule
 from schemas.timesteps import Shift, Timesteps, Weighted
+from schemas.tracking import Tracking
 from schemas.validation import Validation
 
 Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
@@ -54,6 +55,7 @@ class Train(Strict, frozen=True):
     schedule: Schedule = Constant()
     ema: Ema | None = None
     validation: Validation | None = None
+    tracking: Tracking = Tracking()
     timesteps: Timesteps = Shift()
     weighting: Weighting = Unweighted()
     loss: Loss = Mse()

@@ -66,6 +66,13 @@ OWN_FLAGS = {
     "train": {"resume-only": "Refuse to start a new trajectory (exit 5)."},
     "verify": {"quick": "Look at presence, sizes and manifests only."},
 }
+OWN_OPTIONS = {
+    "train": [
+        click.Option(
+            ["--profile"], type=click.IntRange(0, 10_000), metavar="N", default=0, help="Time the first N steps."
+        )
+    ],
+}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 118}
 
 
@@ -113,7 +120,11 @@ def _stage_command(name: str) -> click.Command:
     flags = [*FLAGS.items(), *OWN_FLAGS.get(name, {}).items()]
     return click.Command(
         name,
-        params=[*_places(), *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags)],
+        params=[
+            *_places(),
+            *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags),
+            *OWN_OPTIONS.get(name, []),
+        ],
         callback=partial(_run_stage, name),
         help=f"{STAGES[name]}\n\nIt {TABLES[name]}.\n\n{example}",
         short_help=STAGES[name],
@@ -156,7 +167,7 @@ def _run_stage(name: str, /, **options: Any) -> int:
 
 
 def _job(options: dict[str, Any]) -> Job:
-    flags = Flags(**{name: options.get(name, False) for name in Flags.__dataclass_fields__})
+    flags = Flags(**{name: options[name] for name in Flags.__dataclass_fields__ if name in options})
     return Job(
         config=load_config(options["config"], options["assignments"]),
         config_path=options["config"],

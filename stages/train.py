@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LORA, EMA = "lora.safetensors", "ema.safetensors"
 # Of `validation` only the pictures it keeps from training, of `init_lora` what is in the file.
-UNKEYED = ("checkpoint_every", "init_lora", "rotation", "validation")
+UNKEYED = ("checkpoint_every", "init_lora", "rotation", "tracking", "validation")
 
 
 class Train:
@@ -159,10 +159,13 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.training.control import Control
     from stages.training.loop import Loop
     from stages.training.preflight import preflight
-    from stages.training.recorder import Recorder
+    from stages.training.profile import profiling
+    from stages.training.recorder import Instruments, Recorder
     from stages.training.sources import make_trainer, training_data, validator
+    from stages.training.trackers import require_packages, tracked
 
     settings = job.config.train
+    require_packages(settings.tracking)
     backend = prepare()
     job.say(backend.line())
     # Patterns that match nothing are told before anything large is loaded.
@@ -176,14 +179,18 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     if start is not None:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
         metrics = start.metrics()
+    steps_done = trainer.steps
     with (
-        progress("train", total=settings.steps, done=trainer.steps, quiet=job.flags.quiet) as bar,
+        progress("train", total=settings.steps, done=steps_done, quiet=job.flags.quiet) as bar,
         Control(job.run_folder, paused=bar.paused, say=job.say, warn=job.warn) as control,
+        profiling(job.flags.profile, job.run_folder) as profile,
+        tracked(settings.tracking, job.run_folder, steps_done) as trackers,
     ):
-        recorder = Recorder(job, plan, trainer, bar, validator(job))
+        recorder = Recorder(job, plan, trainer, bar, Instruments(validator(job), profile, trackers))
         recorder.begin(metrics)
         hears = (recorder.line, recorder.checkpoint, metrics, recorder.measures)
-        Loop(trainer, data, settings, job.config.run.seed, *hears, control=control, warn=job.warn).run()
+        seed, warn = job.config.run.seed, job.warn
+        Loop(trainer, data, settings, seed, *hears, control=control, warn=warn, profile=profile).run()
     return recorder.last
 
 

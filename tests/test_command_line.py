@@ -26,7 +26,7 @@ STAGE = "--config -c --set --store --also --runs --force --explain --wait --para
 # New knobs go into the configuration; a new option has to be written here.
 OPTIONS = {
     **dict.fromkeys(("validate", "encode-latents", "encode-text", "preview"), STAGE),
-    "train": f"{STAGE} --resume-only",
+    "train": f"{STAGE} --resume-only --profile",
     "verify": f"{STAGE} --quick",
     "run": "pictures --model --trigger --output -o --max-steps --save-every-n-steps --resolution --rank "
     "--learning-rate --batch-size --seed --validation-prompt --validation-seed --validation-size "

@@ -25,6 +25,7 @@ class Flags:
     resume_only: bool = False
     quick: bool = False
     paranoid: bool = False
+    profile: int = 0
 
 
 def _silent(_: str) -> None:

@@ -26,6 +26,7 @@ from stages.training.guards import Guards, Line
 from stages.training.interruption import Interruption
 from stages.training.memory import is_out_of_memory
 from stages.training.objective import joined, masked, prepare, preserving, with_prior
+from stages.training.profile import BUILD, READ, RECORD, SAVE, Profile
 from stages.training.randomness import distinct, dropped, uniform
 from stages.training.step import StepResult, Trainer
 from stages.training.timesteps import Moment
@@ -71,6 +72,7 @@ class Loop:
     at_once: Callable[[int], bool] = _never
     control: Control | None = None
     warn: Callable[[str], None] = _unheard
+    profile: Profile = field(default_factory=Profile)
 
     def run(self) -> None:
         """Train from the trainer's step to `settings.steps`.
@@ -88,7 +90,8 @@ class Loop:
         self._paused = False
         self._began = time.monotonic()
         with Interruption() as self._interruption:
-            for step, window in enumerate(ahead(lambda step: self._read(order, step), start, stop), start):
+            windows = self.profile.waits(ahead(lambda step: self._read(order, step), start, stop))
+            for step, window in enumerate(windows, start):
                 self._take(window, step)
                 done = step + 1
                 if done == stop:
@@ -98,11 +101,14 @@ class Loop:
                 self._attend(done)
                 if self._interruption.signal_number is not None and done < stop:
                     self._stop(done, self._interruption.signal_number)
+                self.profile.next_step()
 
     def _take(self, window: Window, step: int) -> None:
         """Take optimizer step `step` (from 0); read the numbers of the one before while it runs."""
         try:
-            result = self.trainer.step(self._prepared(window, step))
+            with self.profile.phase(BUILD):
+                result = self.trainer.step(self._prepared(window, step))
+            self.profile.finish_step()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -206,13 +212,18 @@ class Loop:
         self._guards.saving(self.trainer.state())
         if public:
             self._guards.progress(self.trainer.factors)
-        self.on_checkpoint(step, public)
+        with self.profile.phase(SAVE):
+            self.on_checkpoint(step, public)
         self._began = time.monotonic()
         self._saved = (step, public)
         self._unsaved = 0
 
     def _read(self, order: PhasedOrder, step: int) -> Window:
         """Return the window of optimizer step `step` (from 0) as numpy; runs in the reading thread."""
+        with self.profile.phase(READ):
+            return self._window(order, step)
+
+    def _window(self, order: PhasedOrder, step: int) -> Window:
         count = self.settings.gradient_accumulation
         ids = [order.at(step * count + index) for index in range(count)]
         names = iter(distinct([item for batch in ids for item in batch]))
@@ -288,5 +299,6 @@ class Loop:
 
     def _hand_on(self, line: Line) -> None:
         self.metrics.append(line)
-        self.on_line(line)
+        with self.profile.phase(RECORD):
+            self.on_line(line)
         self._began = time.monotonic()

@@ -147,8 +147,8 @@ class Painter:
         noise = initial_noise(scene.seed, transformer.config.in_channels, side, side)
         empty = self._embedding(scene.empty) if uses_empty_prompt(transformer, scene.sampling) else None
         latent = sample(transformer, noise, self._embedding(prompt), empty, scene.sampling, on_step)
-        pixels = self._decoder().decode(latent)[0].transpose(1, 2, 0)
-        picture = mx.round(mx.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255).astype(mx.uint8)
+        decoded = self._decoder().decode(latent)[0].transpose(1, 2, 0)
+        picture = mx.round(mx.clip(decoded / 2 + 0.5, 0.0, 1.0) * 255).astype(mx.uint8)
         mx.eval(picture)
         return np.array(picture)
 
@@ -201,7 +201,7 @@ def find_picture(stores: Sequence[Path], key: str) -> Path | None:
 def write_grid(stores: Sequence[Path], scene: Scene, lora_digest: str, path: Path) -> None:
     """Write the labelled grid of a step's pictures; only several prompts have one."""
     pictures = [find_picture(stores, key) for key in scene.keys(lora_digest)]
-    save_png(grid([_open(each) for each in pictures if each], [text for text, _ in scene.prompts]), path, {})
+    save_png(grid([pixels(each) for each in pictures if each], [text for text, _ in scene.prompts]), path, {})
 
 
 def write_sheet(stores: Sequence[Path], scene: Scene, shots: Sequence[tuple[int, str]], path: Path) -> None:
@@ -210,7 +210,7 @@ def write_sheet(stores: Sequence[Path], scene: Scene, shots: Sequence[tuple[int,
     Steps that lack a picture are left out, and of very many all but some, evenly spread.
     """
     found = {step: [find_picture(stores, key) for key in scene.keys(digest)] for step, digest in _spread(shots)}
-    columns = {step: [_open(each) for each in pictures if each] for step, pictures in found.items() if all(pictures)}
+    columns = {step: [pixels(each) for each in pictures if each] for step, pictures in found.items() if all(pictures)}
     if columns and scene.prompts:
         rows = [(text, [column[row] for column in columns.values()]) for row, (text, _) in enumerate(scene.prompts)]
         save_png(contact_sheet(rows, [f"step {step}" for step in columns]), path, {})
@@ -237,7 +237,8 @@ def place(job: Job, scene: Scene, lora_digest: str, step: int) -> None:
     restore_file(whole, job.run_folder / results.LATEST_PREVIEW, job.digests)
 
 
-def _open(path: Path) -> np.ndarray:
+def pixels(path: Path) -> np.ndarray:
+    """Return a stored picture [H, W, 3] uint8."""
     from PIL import Image
 
     with Image.open(path, formats=("PNG",)) as picture:

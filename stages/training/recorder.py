@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,22 +35,33 @@ from stages.training.checkpoints import (
 )
 from stages.training.loop import Line
 from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
+from stages.training.profile import DRAW, VALIDATE, Profile
 from stages.training.rotation import rotate
 from stages.training.step import Trainer
+from stages.training.trackers import Tracker
 from stages.training.validation import Validator
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What looks at a training and changes nothing of it."""
+
+    validator: Validator | None
+    profile: Profile
+    trackers: Sequence[Tracker]
 
 
 class Recorder:
     """What is kept while training goes on: live metrics, checkpoints, their LoRA files and pictures."""
 
-    def __init__(
-        self, job: Job, plan: Plan, trainer: Trainer, bar: Progress, validator: Validator | None = None
-    ) -> None:
+    def __init__(self, job: Job, plan: Plan, trainer: Trainer, bar: Progress, instruments: Instruments) -> None:
         self._job = job
         self._plan = plan
         self._trainer = trainer
         self._bar = bar
-        self._validator = validator
+        self._validator = instruments.validator
+        self._profile = instruments.profile
+        self._trackers = instruments.trackers
         self._metrics: list[Line] = []
         self._live = job.run_folder / results.METRICS
         self._shots: list[tuple[int, str]] = []
@@ -59,6 +72,7 @@ class Recorder:
         self._metrics = metrics
         if not self._trainer.steps and self.measures(0):
             metrics.append({"step": 0, **self._measured(0)})
+            self._tell(metrics[-1])
         write_file(self._live, metrics_lines(metrics))
         self._shots = [(0, NO_LORA), *self._shots_before()]
         self._draw(None, 0, NO_LORA)
@@ -72,6 +86,7 @@ class Recorder:
         line.update(self._measured(int(line["step"])))
         with self._live.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
+        self._tell(line)
         self._bar.measure(Measures(line["loss"], line["learning_rate"], int(line["peak_bytes"])))
         self._bar.advance(1)
 
@@ -101,6 +116,10 @@ class Recorder:
         if settings.rotation is not None:
             rotate(self._job.store, self._job.run_folder, settings.rotation, self.last, self._metrics)
 
+    def _tell(self, line: Line) -> None:
+        for tracker in self._trackers:
+            tracker.line(int(line["step"]), {name: value for name, value in line.items() if name != "step"})
+
     def _file(self, factors: Factors) -> dict[str, Tensor]:
         """Return the tensors of a LoRA file."""
         dtype = getattr(mx, self._job.config.train.save_dtype)
@@ -110,7 +129,7 @@ class Recorder:
     def _measured(self, step: int) -> Line:
         if self._validator is None or not self._validator.due(step):
             return {}
-        with self._bar.paused(f"validating step {step}"):
+        with self._profile.phase(VALIDATE), self._bar.paused(f"validating step {step}"):
             return {"validation_loss": self._validator.loss(self._trainer.transformer, self._trainer.factors)}
 
     def _shots_before(self) -> list[tuple[int, str]]:
@@ -131,10 +150,12 @@ class Recorder:
             transformer=lambda: self._trainer.transformer,
             decoder=lambda: load_autoencoder(model, encoder=False, decoder=True),
         )
-        with self._bar.paused(f"drawing previews of step {step}"):
+        with self._profile.phase(DRAW), self._bar.paused(f"drawing previews of step {step}"):
             painter.paint(lora, digest)
-        place(self._job, scene, digest, step)
-        write_sheet(self._job.stores, scene, self._shots, self._job.run_folder / results.PREVIEWS)
+            place(self._job, scene, digest, step)
+            write_sheet(self._job.stores, scene, self._shots, self._job.run_folder / results.PREVIEWS)
+        for tracker in self._trackers:
+            tracker.picture(step, self._job.run_folder / results.preview(step))
 
 
 def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:
