@@ -15,7 +15,7 @@ from stages.contract.artifacts import Built, Plan, holder, keyed, restore_file
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.runner import upstream
-from stages.flux2.identity import decoder_digest, model_of, transformer_digest
+from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, transformer_digest
 
 if TYPE_CHECKING:
     from stages.training.previews import Scene
@@ -48,17 +48,20 @@ class Preview:
 
     def plan(self, job: Job) -> Plan:
         """Key the settings, the prompts' embeddings, the weights, and the LoRA of every step shown."""
-        model = model_of(job)
+        model, drawing = model_of(job), drawing_model_of(job)
         text, _ = upstream(job, "encode-text")
         settings = keyed(job.config.preview)
         del settings["during_training"]
-        settings["steps"] = settings["steps"] or model.variant.preview_steps
+        if "distilled" in settings:
+            # Where the sibling lies is in no key: its weights are.
+            settings["distilled"] = True
+        settings["steps"] = settings["steps"] or drawing.variant.preview_steps
         if settings["guidance"] is None:
-            settings["guidance"] = model.variant.preview_guidance
+            settings["guidance"] = drawing.variant.preview_guidance
         inputs = {
             "prompt": text.roles["prompt"],
             "empty": text.roles["empty"],
-            "transformer": transformer_digest(job, model),
+            "transformer": transformer_digest(job, drawing),
             "decoder": decoder_digest(job, model),
             **{f"lora {shot.step}": shot.lora for shot in shots(job)},
         }
@@ -72,12 +75,12 @@ class Preview:
         from stages.training.previews import Painter, scene_of, write_grid, write_sheet
 
         scene = scene_of(job)
-        model = model_of(job)
+        model, drawing = model_of(job), drawing_model_of(job)
         backend = prepare()
         painter = Painter(
             job.stores,
             scene,
-            transformer=cache(lambda: load_transformer(model, backend.compute_dtype)),
+            transformer=cache(lambda: load_transformer(drawing, backend.compute_dtype)),
             decoder=cache(lambda: load_autoencoder(model, encoder=False, decoder=True)),
         )
         wanted = shots(job)

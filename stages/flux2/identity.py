@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from schemas.errors import BadConfig
+from schemas.run import Model
 from stages.contract.job import Job
 from stages.contract.publish import publish_folder, workspace
 from stages.flux2.folder import ModelFiles, open_model
@@ -25,6 +27,27 @@ def model_of(job: Job) -> ModelFiles:
 def model_without_making(job: Job) -> ModelFiles:
     """Return the same model, but write nothing: a built-in one that was never made is absent."""
     return open_model(job.config.model, job.base, lambda name: _built_in_folder(job, name))
+
+
+def drawing_model_of(job: Job) -> ModelFiles:
+    """Return the model whose transformer draws previews: that of the configuration, or its distilled sibling.
+
+    Raises BadConfig when that is no distilled model of the same shape.
+    """
+    model, source = model_of(job), job.config.preview.distilled
+    if source is None:
+        return model
+    sibling = open_model(Model(source=source), job.base, lambda name: _built_in(job, name))
+    if sibling.variant.transformer != model.variant.transformer or not sibling.variant.distilled:
+        found = f"{sibling.variant.name}, {'distilled' if sibling.variant.distilled else 'not distilled'}"
+        raise BadConfig(
+            "preview.not_a_sibling",
+            "previews cannot be drawn with this model",
+            where=f"preview.distilled = {source}",
+            why=f"expected a distilled model of the shape of {model.variant.name}, found {found}",
+            fix="name the distilled sibling of model.source, or leave out preview.distilled",
+        )
+    return sibling
 
 
 def text_length(job: Job) -> int:

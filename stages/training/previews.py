@@ -24,7 +24,7 @@ from stages.contract.publish import publish_file, workspace
 from stages.contract.runner import upstream
 from stages.dataset.captions import prompt_with_trigger
 from stages.flux2.autoencoder import Autoencoder
-from stages.flux2.identity import decoder_digest, model_of, transformer_digest
+from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, transformer_digest
 from stages.flux2.sampler import Sampling, initial_noise, sample, uses_empty_prompt
 from stages.flux2.transformer import Transformer
 from stages.lora.formats.read import read
@@ -76,11 +76,11 @@ def scene_of(job: Job) -> Scene:
     prompts = [prompt_with_trigger(text, job.config.validate.trigger) for text in job.config.preview.prompts]
     rows = read_table(folder / "index.parquet", EMBEDDING_INDEX)
     encoded = {row["text"]: embedding_row(row) for row in rows if row["role"] == "prompt"}
-    model, settings = model_of(job), job.config.preview
+    model, drawing, settings = model_of(job), drawing_model_of(job), job.config.preview
     sampling = Sampling(
-        steps=settings.steps or model.variant.preview_steps,
-        guidance=model.variant.preview_guidance if settings.guidance is None else settings.guidance,
-        distilled=model.variant.distilled,
+        steps=settings.steps or drawing.variant.preview_steps,
+        guidance=drawing.variant.preview_guidance if settings.guidance is None else settings.guidance,
+        distilled=drawing.variant.distilled,
     )
     return Scene(
         prompts=[(text, encoded[text]) for text in prompts],
@@ -88,7 +88,7 @@ def scene_of(job: Job) -> Scene:
         size=settings.size,
         seed=settings.seed,
         sampling=sampling,
-        weights={"transformer": transformer_digest(job, model), "decoder": decoder_digest(job, model)},
+        weights={"transformer": transformer_digest(job, drawing), "decoder": decoder_digest(job, model)},
     )
 
 

@@ -140,7 +140,8 @@ class Recorder:
 
     def _draw(self, lora: Path | None, step: int, digest: str) -> None:
         """Draw the previews of a saved LoRA on the transformer in memory, unless they are wanted later."""
-        if not (self._job.config.preview.during_training and self._job.config.preview.prompts):
+        settings = self._job.config.preview
+        if not (settings.during_training and settings.prompts) or settings.distilled is not None:
             return
         scene = scene_of(self._job)
         model = model_of(self._job)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.stages.project import Project, contents, flip, listing, truncate
+from stages.contract.artifacts import read_manifest
+from stages.stores.tensors import Tensor, load, save
+from tests.stages.project import Project, contents, edit, flip, listing, truncate
 
 TWO_PROMPTS = 'preview.prompts=["a red zorb", "a blue zorb"]'
 
@@ -74,6 +76,45 @@ def test_pictures_are_the_same_whether_training_drew_them_or_not(untrained: Proj
     shown, expected = contents(untrained.results), contents(finished.results)
     for name in ("preview_0.png", "preview_2.png", "preview_4.png", "preview_latest.png"):
         assert shown[name] == expected[name]
+
+
+def distilled(project: Project) -> None:
+    """Put a distilled sibling of model/ into sibling/: the same shape, other weights."""
+    shutil.copytree(project.root / "model", project.root / "sibling")
+    edit(project.root / "sibling" / "model_index.json", '"is_distilled": false', '"is_distilled": true')
+    path = project.root / "sibling" / "transformer" / "diffusion_pytorch_model.safetensors"
+    file = load(path)
+    name = next(iter(file.tensors))
+    weights = {**file.tensors, name: Tensor(file.tensors[name].dtype, file.tensors[name].data[::-1].copy())}
+    path.unlink()
+    save(path, weights, file.metadata)
+
+
+def test_distilled_sibling_draws_in_four_steps_without_guidance_after_training(own_model: Project) -> None:
+    distilled(own_model)
+    edit(own_model.config, "\nsteps = 2\n", "\n")
+    sibling = 'preview.distilled="sibling"'
+    own_model.make("train", sets=(sibling,))
+    assert not list(own_model.results.glob("preview*.png"))
+    ran = own_model.make("preview", sets=(sibling,))["preview"]
+    assert ran.counts == {"images": 3, "rendered": 3, "reused": 0}
+    params = read_manifest(ran.folder).params
+    assert (params["steps"], params["guidance"], params["distilled"]) == (4, 1.0, True)
+    shown = [(own_model.results / f"preview_{step}.png").read_bytes() for step in (0, 2, 4)]
+    assert len(set(shown)) == 3
+    # Wherever it lies, it is the same model; and the base draws other pictures of the same LoRA.
+    (own_model.root / "sibling").rename(own_model.root / "moved")
+    assert own_model.run("preview", sets=('preview.distilled="moved"',)).status == "up to date"
+    base = ("preview.steps=4", "preview.guidance=1.0")
+    assert own_model.make("preview", sets=base)["preview"].counts["rendered"] == 3
+    assert own_model.run("verify", sets=base).code == 0
+
+
+def test_model_that_is_no_distilled_sibling_is_refused(own_model: Project) -> None:
+    own_model.make("train", sets=("preview.during_training=false", "train.steps=1"))
+    sets = ("train.steps=1", 'preview.distilled="model"')
+    refused = own_model.run("preview", sets=sets)
+    assert (refused.code, refused.error) == (2, "preview.not_a_sibling")
 
 
 def test_same_prompt_twice_is_drawn_once(project: Project) -> None:
