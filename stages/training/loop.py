@@ -89,6 +89,7 @@ class Loop:
         self._unsaved = self._starved = 0
         self._paused = False
         self._began = time.monotonic()
+        self.trainer.profile = self.profile
         with Interruption() as self._interruption:
             windows = self.profile.waits(ahead(lambda step: self._read(order, step), start, stop))
             for step, window in enumerate(windows, start):
@@ -108,7 +109,6 @@ class Loop:
         try:
             with self.profile.phase(BUILD):
                 result = self.trainer.step(self._prepared(window, step))
-            self.profile.finish_step()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

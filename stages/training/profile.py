@@ -77,15 +77,19 @@ class Profile:
         """Yield `items`, and time how long each is waited for."""
         return self._waits(items) if self.on else items
 
-    def finish_step(self) -> None:
-        """Wait until the step just begun is computed."""
-        if self.on:
-            with self.phase(COMPUTE):
-                mx.synchronize()
+    def computing(self) -> AbstractContextManager[None]:
+        """Time a block that starts to compute, until all is computed."""
+        return self._computing() if self.on else _NOTHING
 
     def next_step(self) -> None:
         """Go on to the next step."""
         self._step += 1
+
+    @contextmanager
+    def _computing(self) -> Generator[None]:
+        with self._timed(COMPUTE):
+            yield
+            mx.synchronize()
 
     def _waits(self, items: Iterator[Item]) -> Generator[Item]:
         while True:

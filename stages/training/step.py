@@ -22,6 +22,7 @@ from stages.training.ema import initial_average, update_average
 from stages.training.objective import Batch, loss
 from stages.training.optimizers.choice import optimizer
 from stages.training.optimizers.rule import State
+from stages.training.profile import Profile
 from stages.training.schedules import learning_rate
 
 # As torch.nn.utils.clip_grad_norm_: keeps the quotient finite for a norm of zero.
@@ -54,6 +55,7 @@ class Trainer:
         self._rule = optimizer(settings.optimizer)
         self._optimizer = self._rule.initial(self._factors)
         self._average = {} if settings.ema is None else initial_average(self._factors)
+        self.profile = Profile()
         self._steps = 0
         self._running: list[mx.array] = []
         self._gradient = _gradient(transformer, settings)
@@ -144,8 +146,9 @@ class Trainer:
     def _launch(self, arrays: list[mx.array]) -> None:
         # The one evaluation point of a step. The step before must end first, so that two never share the memory;
         # this one then runs while the host prepares and builds the next.
-        mx.eval(self._running)
-        mx.async_eval(arrays)
+        with self.profile.computing():
+            mx.eval(self._running)
+            mx.async_eval(arrays)
         self._running = arrays
 
 
