@@ -172,6 +172,8 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     sizes(model_of(job).variant.transformer, settings)
     for line in portability(settings):
         job.warn(line)
+    if job.config.validate.masks is not None and settings.mask is None:
+        job.warn("validate.masks prepares masks that nothing reads: add [train.mask], or leave validate.masks out")
     data = training_data(job)
     preflight(job, data, backend, start.step if start is not None else 0)
     trainer = make_trainer(job, settings, backend.compute_dtype, plan.inputs.get(ROLE))

@@ -92,6 +92,7 @@ def test_masks_act_on_training_only_where_it_asks_for_them(untrained: Project, t
         for project, sets in ((untrained, (FILES, QUIET)), (bare, (QUIET,)))
     ]
     assert ran[0]["train"].result["key"] == ran[1]["train"].result["key"]
+    assert ["nothing reads" in each["train"].stderr for each in ran] == [True, False]
     assert losses(untrained) == losses(bare)
     untrained.make("train", "preview", sets=(FILES, MASK, QUIET))
     assert all(there != here for there, here in zip(losses(bare), losses(untrained), strict=True))
