@@ -22,6 +22,7 @@ EFFECTS, STAGES = "test_settings_effects.py", "stages/test_settings.py"
 ITEMS, TAGS = "dataset/test_items.py", "dataset/test_tags.py"
 LATENTS, MASKS, PRESERVATION = "stages/test_encode_latents.py", "stages/test_masks.py", "stages/test_preservation.py"
 OBJECTIVE, OPTIMIZERS = "training/test_objective.py", "training/test_optimizers.py"
+TRACKERS = "stages/test_trackers.py"
 VALIDATION = "stages/test_validation_loss.py"
 SCHEDULES, TIMESTEPS = "training/test_schedules.py", "training/test_timesteps.py"
 ACTS = f"{EFFECTS}::test_setting_acts_first_where_it_should"
@@ -33,6 +34,7 @@ STEPS = f"{OPTIMIZERS}::test_every_step_is_that_of_the_reference_implementation"
 CONSTANT = f"{SCHEDULES}::test_learning_rate_warms_up_linearly_and_stays"
 DECAY = f"{SCHEDULES}::test_decay_goes_from_the_peak_to_the_least_share"
 POWER = f"{SCHEDULES}::test_polynomial_of_power_one_is_linear_and_a_higher_one_lies_below"
+RISING = "training/test_sweep.py::test_rates_rise_by_the_same_factor_up_to_the_highest"
 RATES = f"{SCHEDULES}::test_rates_are_those_of_transformers_with_the_warm_up_one_step_sooner"
 DRAWN = f"{TIMESTEPS}::test_timesteps_follow_their_distribution"
 WINDOW = f"{TIMESTEPS}::test_a_window_keeps_the_shape_and_piles_nothing_up_at_its_ends"
@@ -173,6 +175,9 @@ SHOWN = {
     "train.optimizer[schedule_free].r": OPTIMIZER,
     "train.optimizer[schedule_free].weight_lr_power": OPTIMIZER,
     "train.optimizer[schedule_free].lora_plus_ratio": OPTIMIZER,
+    "train.tracking.kinds": f"{TRACKERS}::test_tensorboard_hears_every_line_and_sees_every_picture",
+    "train.tracking.project": f"{TRACKERS}::test_weights_and_biases_is_told_the_project_and_whether_to_send",
+    "train.tracking.online": f"{TRACKERS}::test_weights_and_biases_is_told_the_project_and_whether_to_send",
     "train.schedule[constant]": CONSTANT,
     "train.schedule[constant].warmup_steps": CONSTANT,
     "train.schedule[linear]": RATES,
@@ -192,6 +197,9 @@ SHOWN = {
     "train.schedule[rex]": "training/test_schedules.py::test_rex_is_the_formula_of_its_paper",
     "train.schedule[rex].warmup_steps": DECAY,
     "train.schedule[rex].min_ratio": DECAY,
+    "train.schedule[rising]": RISING,
+    "train.schedule[rising].warmup_steps": RISING,
+    "train.schedule[rising].min_ratio": RISING,
     "train.ema.decay": "training/test_ema.py::test_the_average_moves_by_one_minus_decay",
     "train.ema.warmup": "training/test_ema.py::test_warm_up_forgets_the_start_and_ends_at_the_decay",
     "train.timesteps[uniform]": DRAWN,
@@ -259,6 +267,9 @@ SHOWN = {
     "train.validation.names": f"{VALIDATION}::test_held_out_picture_is_not_trained_on",
     "train.validation.seed": NOISE,
     "train.validation.sigmas": f"{VALIDATION}::test_loss_is_the_mean_over_the_noise_levels_of_the_settings",
+    "preview.distilled": (
+        "stages/test_preview.py::test_distilled_sibling_draws_in_four_steps_without_guidance_after_training"
+    ),
     "preview.prompts": "stages/test_preview.py::test_several_prompts_give_single_pictures_and_a_grid",
     "preview.seed": PICTURE,
     "preview.size": f"{STAGES}::test_previews_have_the_size_asked_for",
@@ -268,6 +279,9 @@ SHOWN = {
     "preview.during_training": "stages/test_preview.py::test_pictures_are_the_same_whether_training_drew_them_or_not",
 }
 UNKEYED = {
+    "train.tracking.kinds": f"{TRACKERS}::test_tracking_changes_no_key_and_no_bit",
+    "train.tracking.project": f"{TRACKERS}::test_tracking_changes_no_key_and_no_bit",
+    "train.tracking.online": f"{TRACKERS}::test_tracking_changes_no_key_and_no_bit",
     "validate.dataset": ANY_PLACE,
     "validate.class_dataset": f"{MASKS}::test_class_folder_moved_is_found_again_without_encoding",
     "run.name": ANY_PLACE,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from schemas.tracking import Tracking
 from stages.stores.tensors import load, tensor_digest
 from stages.training import trackers
 from tests.stages.project import Project
@@ -90,3 +93,17 @@ def test_weights_and_biases_stays_on_this_machine(untrained: Project, monkeypatc
     runs = list(Path(untrained.results / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1
     assert runs[0].stat().st_size > 0
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_weights_and_biases_is_told_the_project_and_whether_to_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    heard: dict[str, object] = {}
+    package = types.ModuleType("wandb")
+    vars(package).update(Settings=lambda **_: None, Image=None, init=lambda **arguments: heard.update(arguments))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    trackers.WeightsAndBiases(
+        tmp_path / "run", "blue-cat", Tracking(kinds=("wandb",), project="cats", online=mode == "online")
+    )
+    assert (heard["project"], heard["name"], heard["mode"]) == ("cats", "blue-cat", mode)

@@ -51,6 +51,9 @@ def test_a_sweep_that_explodes_at_once_suggests_nothing() -> None:
 def test_rates_rise_by_the_same_factor_up_to_the_highest() -> None:
     rates = np.array([learning_rate(Rising(min_ratio=1e-5), 0.1, step, 50) for step in range(51)])
     assert rates == pytest.approx(np.geomspace(1e-6, 0.1, 51))
+    late = [learning_rate(Rising(warmup_steps=4, min_ratio=0.01), 1.0, step, 54) for step in range(55)]
+    assert late[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert late[4:] == pytest.approx(np.geomspace(0.01, 1.0, 51))
 
 
 def test_smoothing_keeps_lines_and_both_ends() -> None:
