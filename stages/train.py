@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -24,7 +24,6 @@ from stages.training.sources import held_out_inputs
 
 if TYPE_CHECKING:
     from stages.training.checkpoints import Checkpoint
-    from stages.training.loop import Line
 
 LORA, EMA = "lora.safetensors", "ema.safetensors"
 # Of `validation` only the pictures it keeps from training, of `init_lora` what is in the file.
@@ -177,10 +176,8 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     data = training_data(job)
     preflight(job, data, backend, start.step if start is not None else 0)
     trainer = make_trainer(job, settings, backend.compute_dtype, plan.inputs.get(ROLE))
-    metrics: list[Line] = []
     if start is not None:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
-        metrics = start.metrics()
     steps_done = trainer.steps
     with (
         progress("train", total=settings.steps, done=steps_done, quiet=job.flags.quiet) as bar,
@@ -189,11 +186,12 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         tracked(settings.tracking, job.run_folder, steps_done) as trackers,
     ):
         recorder = Recorder(job, plan, trainer, bar, Instruments(validator(job), profile, trackers))
-        recorder.begin(metrics)
-        hears = (recorder.line, recorder.checkpoint, metrics, recorder.measures)
+        recorder.begin(start)
+        hears = (recorder.line, recorder.checkpoint, recorder.measures)
         seed, warn = job.config.run.seed, job.warn
         Loop(trainer, data, settings, seed, *hears, control=control, warn=warn, profile=profile).run()
-    return recorder.last
+    # The loop ends with a checkpoint of its last step.
+    return cast("Checkpoint", recorder.last)
 
 
 STAGE = Train()

@@ -68,7 +68,6 @@ class Loop:
     seed: int
     on_line: Callable[[Line], None]
     on_checkpoint: Callable[[int, bool], None]
-    metrics: list[Line] = field(default_factory=list[Line])
     at_once: Callable[[int], bool] = _never
     control: Control | None = None
     warn: Callable[[str], None] = _unheard
@@ -132,7 +131,6 @@ class Loop:
         if self._starved == MOST_STARVED:
             # They are to be taken again once there is memory: the checkpoint is as of the step before them.
             self.trainer.skip(-MOST_STARVED)
-            self.metrics[:] = [line for line in self.metrics if line["step"] <= step - MOST_STARVED]
             self._save(step - MOST_STARVED, public=False)
             raise NoResources(
                 "memory.full",
@@ -298,7 +296,6 @@ class Loop:
         }
 
     def _hand_on(self, line: Line) -> None:
-        self.metrics.append(line)
         with self.profile.phase(RECORD):
             self.on_line(line)
         self._began = time.monotonic()

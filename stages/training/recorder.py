@@ -62,18 +62,19 @@ class Recorder:
         self._validator = instruments.validator
         self._profile = instruments.profile
         self._trackers = instruments.trackers
-        self._metrics: list[Line] = []
+        # Lines since the last checkpoint, which holds all before it: memory does not grow with the training.
+        self._recent: list[Line] = []
         self._live = job.run_folder / results.METRICS
         self._shots: list[tuple[int, str]] = []
-        self.last: Checkpoint
+        self.last: Checkpoint | None = None
 
-    def begin(self, metrics: list[Line]) -> None:
-        """Start from the lines of the steps already done; measure and draw the model as it is."""
-        self._metrics = metrics
+    def begin(self, start: Checkpoint | None) -> None:
+        """Go on after `start`; measure and draw the model as it is."""
+        self.last = start
         if not self._trainer.steps and self.measures(0):
-            metrics.append({"step": 0, **self._measured(0)})
-            self._tell(metrics[-1])
-        write_file(self._live, metrics_lines(metrics))
+            self._recent.append({"step": 0, **self._measured(0)})
+            self._tell(self._recent[-1])
+        write_file(self._live, metrics_lines(self._history(self._trainer.steps)))
         self._shots = [(0, NO_LORA), *self._shots_before()]
         self._draw(None, 0, NO_LORA)
 
@@ -84,6 +85,7 @@ class Recorder:
     def line(self, line: Line) -> None:
         """Add to a step's line what is measured at that step, append it to the file, and show it."""
         line.update(self._measured(int(line["step"])))
+        self._recent.append(line)
         with self._live.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
         self._tell(line)
@@ -94,6 +96,7 @@ class Recorder:
         """Publish the state; a public one also gives its LoRA file and pictures."""
         settings = self._job.config.train
         average = self._trainer.ema_factors
+        history = self._history(step)
         snapshot = Snapshot(
             step=step,
             public=public,
@@ -101,20 +104,26 @@ class Recorder:
             lora=self._file(self._trainer.factors),
             ema=None if average is None else self._file(average),
             metadata=metadata(saved_rank(settings), _provenance(self._job, self._plan, step)),
-            metrics=self._metrics,
+            metrics=history,
         )
         self.last = write_checkpoint(self._job.store, trajectory_of(self._plan.params, self._plan.inputs), snapshot)
+        self._recent = [line for line in self._recent if line["step"] > step]
         if public:
             target = self._job.run_folder / results.checkpoint(step)
             restore_file(self.last.lora, target, self._job.digests)
             if step < self._job.config.train.steps:
                 # Those of the last step are a part of what the stage makes.
-                training_curves(self._metrics, self._job.run_folder / results.CURVES)
+                training_curves(history, self._job.run_folder / results.CURVES)
             lora, digest = self.last.shown(ema=self._job.config.preview.ema)
             self._shots.append((step, digest))
             self._draw(lora, step, digest)
         if settings.rotation is not None:
-            rotate(self._job.store, self._job.run_folder, settings.rotation, self.last, self._metrics)
+            rotate(self._job.store, self._job.run_folder, settings.rotation, self.last, history)
+
+    def _history(self, step: int) -> list[Line]:
+        """Return the lines up to `step`: those of the last checkpoint, proved by it, and those since."""
+        before = self.last.metrics() if self.last is not None else []
+        return [line for line in [*before, *self._recent] if line["step"] <= step]
 
     def _tell(self, line: Line) -> None:
         for tracker in self._trackers:

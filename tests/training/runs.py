@@ -59,20 +59,22 @@ class Run:
 
         def on_line(line: Line) -> None:
             heard(line)
+            self.lines.append(line)
 
         def on_checkpoint(step: int, public: bool) -> None:  # noqa: FBT001
             if step in self.full:
                 raise NoResources("disk.full", "the disk is full", fix="free some space")
             state = {name: from_mlx(array) for name, array in trainer.state().items()}
+            lines = [line for line in self.lines if line["step"] <= step]
             snapshot = Snapshot(
-                step=step, public=public, state=state, lora=state, ema=None, metadata={}, metrics=self.lines
+                step=step, public=public, state=state, lora=state, ema=None, metadata={}, metrics=lines
             )
             write_checkpoint(self.store, TRAJECTORY, snapshot)
             self.checkpoints.append((step, public))
 
         data = corpus.data(self.store, self.tables)
         places = {"control": self.control, "warn": self.warnings.append}
-        Loop(trainer, data, self.settings, SEED, on_line, on_checkpoint, self.lines, **places).run()
+        Loop(trainer, data, self.settings, SEED, on_line, on_checkpoint, **places).run()
         return trainer
 
     def trace(self) -> tuple[str, list[Line]]:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from schemas.errors import Diverged, NoResources, Stopped
-from stages.training.loop import Loop
+from stages.training.loop import Line, Loop
 from stages.training.objective import Batch
 from stages.training.step import StepResult, Trainer
 from tests.training import corpus
@@ -81,12 +81,13 @@ def test_three_undefined_steps_in_a_row_end_the_run_without_a_checkpoint(run: Ru
     trainer = corpus.trainer(SETTINGS)
     corpus.poison(trainer)
     data = corpus.data(run.store, run.tables)
-    loop = Loop(trainer, data, msgspec.structs.replace(SETTINGS, checkpoint_every=50), SEED, print, print)
+    heard: list[Line] = []
+    loop = Loop(trainer, data, msgspec.structs.replace(SETTINGS, checkpoint_every=50), SEED, heard.append, print)
     with pytest.raises(Diverged) as diverged:
         loop.run()
     assert diverged.value.faults[0].code == "train.not_finite"
     assert "last step 3" in diverged.value.faults[0].what
-    assert [line["step"] for line in loop.metrics] == [1, 2]
+    assert [line["step"] for line in heard] == [1, 2]
 
 
 def test_run_that_learns_nothing_ends_at_its_first_checkpoint(run: Run) -> None:

@@ -128,9 +128,8 @@ def loop(trainer: Trainer, data: Watched, steps: int, lines: list[Line]) -> list
         data,
         settings,
         seed=SEED,
-        on_line=lambda _: None,
+        on_line=lines.append,
         on_checkpoint=lambda *_: states.append(saved(trainer)),
-        metrics=lines,
     ).run()
     return states
 
