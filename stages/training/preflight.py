@@ -23,6 +23,12 @@ LINE_BYTES = 160
 def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -> None:
     """Raise NoResources where the training of `job` would surely run out of memory or disk; warn where it may."""
     settings, variant = job.config.train, model_of(job).variant
+    window = settings.batch_size * settings.gradient_accumulation
+    if window > len(data.buckets):
+        job.warn(
+            f"train.batch_size times train.gradient_accumulation is {window}, but there are {len(data.buckets)} items: "
+            "a step takes fewer, or repeats some"
+        )
     parts = sizes(variant, settings, backend.compute_dtype)
     require_disk(job, needs(settings, parts, steps_done))
     demand = Demand(

@@ -164,6 +164,8 @@ class Recorder:
             painter.paint(lora, digest)
             place(self._job, scene, digest, step)
             write_sheet(self._job.stores, scene, self._shots, self._job.run_folder / results.PREVIEWS)
+        # The decoder and the sampler's buffers would otherwise stay in MLX's cache beside the training's.
+        mx.clear_cache()
         for tracker in self._trackers:
             tracker.picture(step, self._job.run_folder / results.preview(step))
 
