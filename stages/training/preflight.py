@@ -23,10 +23,10 @@ LINE_BYTES = 160
 def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -> None:
     """Raise NoResources where the training of `job` would surely run out of memory or disk; warn where it may."""
     settings, variant = job.config.train, model_of(job).variant
-    window = settings.batch_size * settings.gradient_accumulation
-    if window > len(data.buckets):
+    window, items = settings.batch_size * settings.gradient_accumulation, len(data.buckets)
+    if window > items:
         job.warn(
-            f"train.batch_size times train.gradient_accumulation is {window}, but there are {len(data.buckets)} items: "
+            f"train.batch_size times train.gradient_accumulation is {window}, more than the {items} items there are: "
             "a step takes fewer, or repeats some"
         )
     parts = sizes(variant, settings, backend.compute_dtype)
