@@ -23,8 +23,8 @@ from schemas.errors import BadConfig, StageError, Stopped
 from schemas.manifest import Result, ResultError
 from schemas.version import VERSION
 from stages.console import messages
-from stages.contract.config import load_config
-from stages.contract.job import Flags, Job
+from stages.console.invocation import job_of, place_options
+from stages.contract.job import Job
 from stages.contract.runner import Findings, load_stage, run_stage
 
 # Shown by --help without importing a verb.
@@ -121,7 +121,7 @@ def _stage_command(name: str) -> click.Command:
     return click.Command(
         name,
         params=[
-            *_places(),
+            *place_options(),
             *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags),
             *OWN_OPTIONS.get(name, []),
         ],
@@ -132,25 +132,6 @@ def _stage_command(name: str) -> click.Command:
     )
 
 
-def _places() -> list[click.Parameter]:
-    """Return the options that say what to run and where things lie."""
-    path = click.Path(path_type=Path)
-    return [
-        click.Option(["--config", "-c"], required=True, type=path, help="The pipeline's TOML file."),
-        click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Override one setting."),
-        click.Option(
-            ["--store"],
-            type=path,
-            envvar="FLUX2_LORA_STORE",
-            default=Path("store"),
-            show_default=True,
-            help="Folder of artifacts, shared by all runs.",
-        ),
-        click.Option(["--also"], type=path, multiple=True, help="Another store to read from."),
-        click.Option(["--runs"], type=path, default=Path("runs"), show_default=True, help="Folder of results."),
-    ]
-
-
 def _run_stage(name: str, /, **options: Any) -> int:
     """Run one stage; return the exit code."""
     started = time.monotonic()
@@ -158,26 +139,12 @@ def _run_stage(name: str, /, **options: Any) -> int:
     del options["debug"]
     messages.configure(quiet=options["quiet"])
     with _interruptible():
-        result, code = _result(name, _job(options), started)
+        result, code = _result(name, job_of(options), started)
     if as_json:
         messages.result(msgspec.json.encode(result))
     else:
         messages.say(_summary(result))
     return code
-
-
-def _job(options: dict[str, Any]) -> Job:
-    flags = Flags(**{name: options[name] for name in Flags.__dataclass_fields__ if name in options})
-    return Job(
-        config=load_config(options["config"], options["assignments"]),
-        config_path=options["config"],
-        store=options["store"],
-        runs=options["runs"],
-        also=options["also"],
-        flags=flags,
-        say=messages.say,
-        warn=messages.warn,
-    )
 
 
 def _result(name: str, job: Job, started: float) -> tuple[Result, int]:

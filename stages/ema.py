@@ -16,10 +16,10 @@ import msgspec
 from schemas.errors import BadConfig, Stale
 from schemas.manifest import Result
 from stages.console import messages
+from stages.console.invocation import PATH, job_of, places
 from stages.contract.artifacts import Plan
-from stages.contract.config import load_config
 from stages.contract.digests import canonical_json
-from stages.contract.job import Flags, Job
+from stages.contract.job import Job
 from stages.contract.publish import workspace, write_file
 from stages.contract.runner import load_stage
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from stages.stores.tensors import Tensor
     from stages.training.checkpoints import Checkpoint
 
-PATH = click.Path(path_type=Path)
 # Just below 1 / sqrt(12), where the profile is flat.
 WIDTH = click.FloatRange(0, 0.28, min_open=True)
 SUFFIX = ".safetensors"
@@ -109,12 +108,8 @@ def write(job: Job, tensors: Mapping[str, Tensor], about: Mapping[str, str], tar
         write_file(target, (space / target.name).read_bytes())
 
 
+@places
 @click.command("ema", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
-@click.option("--config", "-c", required=True, type=PATH, help="The pipeline's TOML file.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Override one setting.")
-@click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
-@click.option("--also", type=PATH, multiple=True, help="Another store to read from.")
-@click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
 @click.option("--sigma-rel", type=WIDTH, default=0.1, help="Width of the average as a share of the training.")
 @click.option("--output", "-o", type=PATH, required=True, help="Where the LoRA goes, a .safetensors file.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
@@ -126,7 +121,7 @@ def COMMAND(**options: Any) -> int:
 
     started = time.monotonic()
     messages.configure(quiet=options["quiet"])
-    job, output, sigma_rel = _job(options), options["output"], options["sigma_rel"]
+    job, output, sigma_rel = job_of(options), options["output"], options["sigma_rel"]
     if output.suffix != SUFFIX:
         raise BadConfig("ema.output", "no name for a LoRA file", where=str(output), fix=f"let it end in {SUFFIX}")
     plan = load_stage("train").plan(job)
@@ -148,16 +143,3 @@ def COMMAND(**options: Any) -> int:
         )
         messages.result(msgspec.json.encode(result))
     return 0
-
-
-def _job(options: dict[str, Any]) -> Job:
-    return Job(
-        config=load_config(options["config"], options["assignments"]),
-        config_path=options["config"],
-        store=options["store"],
-        runs=options["runs"],
-        also=options["also"],
-        flags=Flags(quiet=options["quiet"]),
-        say=messages.say,
-        warn=messages.warn,
-    )

@@ -18,14 +18,13 @@ from schemas.optimizers import Prodigy
 from schemas.schedules import Rising
 from schemas.train import Train
 from stages.console import messages
-from stages.contract.config import load_config
-from stages.contract.job import Flags, Job
+from stages.console.invocation import PATH, job_of, places
+from stages.contract.job import Job
 from stages.contract.publish import write_file
 
 if TYPE_CHECKING:
     from stages.training.sweep import Found, Sweep
 
-PATH = click.Path(path_type=Path)
 RATE = click.FloatRange(0, 1, min_open=True)
 # Around the optimizer's own rate.
 BELOW, ABOVE = 1e-2, 1e3
@@ -100,12 +99,8 @@ def sweep(job: Job, settings: Train) -> Sweep:
     return taken
 
 
+@places
 @click.command("find-lr", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
-@click.option("--config", "-c", required=True, type=PATH, help="The pipeline's TOML file.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Override one setting.")
-@click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
-@click.option("--also", type=PATH, multiple=True, help="Another store to read from.")
-@click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
 @click.option("--lowest", type=RATE, help="Rate of the first step; by default a hundredth of the optimizer's own.")
 @click.option("--highest", type=RATE, help="Rate of the last step; by default 1000 times the optimizer's own.")
 @click.option("--steps", type=click.IntRange(10, 10_000), default=100, help="Steps to take at most.")
@@ -119,7 +114,7 @@ def COMMAND(**options: Any) -> int:
 
     started = time.monotonic()
     messages.configure(quiet=options["quiet"])
-    job = _job(options)
+    job = job_of(options)
     settings = rising(job.config.train, options["steps"], options["lowest"], options["highest"])
     job.config = msgspec.structs.replace(job.config, train=settings)
     taken = sweep(job, settings)
@@ -143,19 +138,6 @@ def COMMAND(**options: Any) -> int:
         )
         messages.result(msgspec.json.encode(result))
     return 0
-
-
-def _job(options: dict[str, Any]) -> Job:
-    return Job(
-        config=load_config(options["config"], options["assignments"]),
-        config_path=options["config"],
-        store=options["store"],
-        runs=options["runs"],
-        also=options["also"],
-        flags=Flags(quiet=options["quiet"]),
-        say=messages.say,
-        warn=messages.warn,
-    )
 
 
 def _draw(taken: Sweep, judged: Found, path: Path) -> None:

@@ -1,0 +1,52 @@
+"""From a command line to a job: the options that every command about one run has, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.console import messages
+from stages.contract.config import load_config
+from stages.contract.job import Flags, Job
+
+PATH = click.Path(path_type=Path)
+
+
+def place_options() -> list[click.Parameter]:
+    """Return the options that say what to run and where things lie."""
+    return [
+        click.Option(["--config", "-c"], required=True, type=PATH, help="The pipeline's TOML file."),
+        click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Override one setting."),
+        click.Option(
+            ["--store"],
+            type=PATH,
+            envvar="FLUX2_LORA_STORE",
+            default=Path("store"),
+            show_default=True,
+            help="Folder of artifacts, shared by all runs.",
+        ),
+        click.Option(["--also"], type=PATH, multiple=True, help="Another store to read from."),
+        click.Option(["--runs"], type=PATH, default=Path("runs"), show_default=True, help="Folder of results."),
+    ]
+
+
+def places(command: click.Command) -> click.Command:
+    """Put the options of `place_options` before a command's own."""
+    command.params = [*place_options(), *command.params]
+    return command
+
+
+def job_of(options: dict[str, Any]) -> Job:
+    """Return the job of a command's options. Raises BadConfig as `load_config` does."""
+    return Job(
+        config=load_config(options["config"], options["assignments"]),
+        config_path=options["config"],
+        store=options["store"],
+        runs=options["runs"],
+        also=options["also"],
+        flags=Flags(**{name: options[name] for name in Flags.__dataclass_fields__ if name in options}),
+        say=messages.say,
+        warn=messages.warn,
+    )
