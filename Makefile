@@ -18,7 +18,7 @@ COMMA := ,
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := all
-.PHONY: all demo install test check clean
+.PHONY: all demo install test faults check clean
 
 include pipelines/rules.mk
 
@@ -38,6 +38,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Every fault, not the samples of `make test`; ends with a table of what must hold and what was measured.
+faults: $(VENV)/installed-dev
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --full --numprocesses auto
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
