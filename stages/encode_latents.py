@@ -55,7 +55,7 @@ class EncodeLatents:
         """
         from schemas.tables import DATASET, LATENT_INDEX, MASK_INDEX
         from stages.dataset.draws import read_draws
-        from stages.stores.latents import fragment_files, scan_latents
+        from stages.stores.latents import fragment_files, scan_latents, whole_latents
         from stages.stores.tables import read_table, write_table
 
         manifest, folder = upstream(job, "validate")
@@ -66,6 +66,7 @@ class EncodeLatents:
         for store in () if job.flags.force else reversed(job.stores):
             known |= scan_latents(store)
         distinct = {each.key: each for each in [*wanted, *covers]}
+        known = whole_latents(job.stores, [known[key] for key in distinct if key in known], job.digests)
         missing = [each for key, each in distinct.items() if key not in known]
         known |= _encode(job, [each for each in missing if isinstance(each, _Wanted)])
         known |= _cover(job, [each for each in missing if isinstance(each, _WantedMask)])

@@ -60,7 +60,7 @@ class EncodeText:
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Encode what no store has yet, and write the index."""
         from schemas.tables import CAPTIONS, EMBEDDING_INDEX
-        from stages.stores.embeddings import scan_embeddings
+        from stages.stores.embeddings import scan_embeddings, whole_embeddings
         from stages.stores.tables import read_table, write_table
 
         _, folder = upstream(job, "validate")
@@ -73,6 +73,7 @@ class EncodeText:
         known: dict[str, EmbeddingRow] = {}
         for store in () if job.flags.force else reversed(job.stores):
             known |= scan_embeddings(store)
+        known = whole_embeddings(job.stores, [known[key] for key in keys.values() if key in known], job.digests)
         missing = [text for text, key in keys.items() if key not in known]
         known |= _encode(job, missing, keys)
         rows = [_index_row(role, named, text, known[keys[text]]) for role, named, text in wanted]

@@ -16,7 +16,7 @@ from schemas.base import Strict
 from schemas.errors import Damaged
 from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
 from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes, sha256_file
-from stages.contract.publish import write_file
+from stages.contract.publish import no_resources, write_file
 
 MANIFEST = "manifest.json"
 
@@ -139,13 +139,28 @@ def read_manifest(folder: Path) -> Manifest:
 
 def missing_files(manifest: Manifest, folder: Path, stores: Sequence[Path]) -> list[str]:
     """Return the files of an artifact that are absent or of another size (contents are not read)."""
-    own = [name for name, entry in manifest.files.items() if _size(folder / name) != entry.size]
-    elsewhere = [
-        name
-        for name, entry in manifest.fragments.items()
-        if all(_size(store / name) != entry.size for store in stores)
-    ]
-    return own + elsewhere
+    entries, places = {**manifest.files, **manifest.fragments}, _places(manifest, folder, stores)
+    return [name for name, path in places.items() if _size(path) != entries[name].size]
+
+
+def damaged_files(manifest: Manifest, folder: Path, stores: Sequence[Path], digests: StatCache) -> list[str]:
+    """Return the files of an artifact that are absent, or not the bytes that were written.
+
+    Digests are remembered by stat, so that a second look costs one stat a file. What changed without a trace in size,
+    times and inode (a failing disk) is seen with `--paranoid`, by verify, and by whoever reads a record.
+    """
+    entries, places = {**manifest.files, **manifest.fragments}, _places(manifest, folder, stores)
+    missing = missing_files(manifest, folder, stores)
+    there = [name for name in places if name not in set(missing)]
+    with no_resources(folder):
+        found = digests.files([places[name] for name in there])
+    return missing + [name for name, sha256 in zip(there, found, strict=True) if sha256 != entries[name].sha256]
+
+
+def _places(manifest: Manifest, folder: Path, stores: Sequence[Path]) -> dict[str, Path]:
+    """Return where each file of an artifact lies: a fragment in the first store that has it, as readers look."""
+    own = {name: folder / name for name in manifest.files}
+    return own | {name: holder(name, stores) / name for name in manifest.fragments}
 
 
 def _size(path: Path) -> int | None:

@@ -19,8 +19,8 @@ from stages.contract.artifacts import (
     Built,
     Plan,
     artifact_key,
+    damaged_files,
     find,
-    missing_files,
     read_manifest,
     read_receipt,
     write_manifest,
@@ -104,8 +104,23 @@ def upstream(job: Job, name: str) -> tuple[Manifest, Path]:
         receipt = read_receipt(job.run_folder, name)
         what = f"{name} has not run" if receipt is None else f"the inputs of {name} changed since it ran"
         raise Stale("input.missing" if receipt is None else "input.stale", what, where=job.run, fix=job.remedy(name))
-    job.upstream[name] = (read_manifest(folder), folder)
+    job.upstream[name] = (_read_whole(job, name, folder), folder)
     return job.upstream[name]
+
+
+def _read_whole(job: Job, name: str, folder: Path) -> Manifest:
+    """Return the manifest of an artifact whose own files are as they were written; its fragments prove themselves."""
+    manifest = read_manifest(folder)
+    own = msgspec.structs.replace(manifest, fragments={})
+    if damaged := damaged_files(own, folder, job.stores, job.digests):
+        raise Damaged(
+            "file.changed",
+            f"what {name} made is damaged",
+            where=str(folder / damaged[0]),
+            why=f"{len(damaged)} files are missing or their bytes changed",
+            fix=job.remedy(name),
+        )
+    return manifest
 
 
 def run_stage(stage: Stage, job: Job) -> Outcome:
@@ -163,10 +178,8 @@ def _whole(stage: Stage, job: Job, key: str) -> tuple[Manifest, Path] | None:
     except Damaged as error:
         job.warn(f"{error.faults[0].line()} (making it again)")
         return None
-    if missing := missing_files(manifest, folder, job.stores):
-        job.warn(
-            f"{stage.name}: {len(missing)} files are missing or cut short, first {missing[0]}; making them again"
-        )
+    if damaged := damaged_files(manifest, folder, job.stores, job.digests):
+        job.warn(f"{stage.name}: {len(damaged)} files are missing or damaged, first {damaged[0]}; making them again")
         return None
     return manifest, folder
 

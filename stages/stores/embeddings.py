@@ -19,10 +19,10 @@ import numpy as np
 from schemas.base import Strict
 from schemas.errors import Damaged
 from schemas.tables import EMBEDDING_PART
-from stages.contract.digests import canonical_json, digest_of, sha256_bytes
+from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes
 from stages.contract.publish import publish_file, workspace
 from stages.stores.blame import Blame, check_sha256
-from stages.stores.fragments import LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes
+from stages.stores.fragments import LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes, whole_records
 from stages.stores.seals import Sealed, open_sealed, seal
 from stages.stores.tables import arrow_schema, damage_as
 
@@ -136,6 +136,14 @@ def scan_embeddings(store: Path) -> dict[str, EmbeddingRow]:
         found.append((path.stat().st_mtime_ns, fragment, part))
     found.sort(key=lambda each: each[:2])
     return {row.embedding_key: row for _, _, part in found for row in part.rows()}
+
+
+def whole_embeddings(
+    stores: Sequence[Path], rows: Sequence[EmbeddingRow], digests: StatCache
+) -> dict[str, EmbeddingRow]:
+    """Return those of `rows` whose bytes are as they were written, by key."""
+    found = whole_records(stores, rows, EmbeddingReader(stores), fragment_files, digests)
+    return {row.embedding_key: row for row in found}
 
 
 def _open(path: Path, fragment: str, blame: Blame) -> tuple[Sealed, Part]:

@@ -6,12 +6,18 @@ lies in it. A fragment's path comes from a table, so it is checked before it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from schemas.errors import Damaged
+from stages.contract.artifacts import holder
+from stages.contract.digests import StatCache, digest_of
 from stages.stores.blame import Blame
 
 MOST_RECORDS = 64
@@ -19,6 +25,32 @@ ROOT = "fragments"
 
 # How a record lies in memory and on disk; numpy has no bfloat16, so its bits travel as uint16.
 LAYOUTS = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
+
+
+class Place(Protocol):
+    """Where a record lies."""
+
+    @property
+    def fragment(self) -> str:
+        """The fragment's path below the store."""
+        ...
+
+    @property
+    def row(self) -> int:
+        """Its row there, from 0."""
+        ...
+
+
+Row = TypeVar("Row", bound=Place)
+Read = TypeVar("Read", contravariant=True)
+
+
+class Reader(Protocol[Read]):
+    """What reads single records and checks every byte of them."""
+
+    def read(self, row: Read) -> np.ndarray:
+        """Return the record. Raises Damaged."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +96,45 @@ def refuse_links(store: Path, path: Path, blame: Blame) -> None:
             return
         if each.is_symlink():
             raise blame.error("symlink", "a symbolic link inside the store", f"expected a real {each.name}")
+
+
+def whole_records(
+    stores: Sequence[Path],
+    rows: Sequence[Row],
+    reader: Reader[Row],
+    files: Callable[[Path, str], list[Path]],
+    digests: StatCache,
+) -> list[Row]:
+    """Return those of `rows` whose bytes are as they were written.
+
+    A fragment is read anew only when its `files` changed: `digests` remembers by stat what was found.
+    """
+    fragments: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        fragments[row.fragment].append(row)
+    asked: list[tuple[str, list[Path], Callable[[], str]]] = []
+    for name, listed in fragments.items():
+        paths = files(holder(files(Path(), name)[-1].as_posix(), stores), name)
+        what = f"damaged {digest_of('rows', listed)} in {paths[0].absolute()}"
+        asked.append((what, paths, partial(_damaged_rows, reader, listed)))
+    damaged = [set(each.split()) for each in digests.many(asked)]
+    return [
+        row
+        for listed, broken in zip(fragments.values(), damaged, strict=True)
+        for row in listed
+        if str(row.row) not in broken
+    ]
+
+
+def _damaged_rows(reader: Reader[Row], rows: Sequence[Row]) -> str:
+    def broken(row: Row) -> bool:
+        try:
+            reader.read(row)
+        except Damaged:
+            return True
+        return False
+
+    return " ".join(str(row.row) for row in rows if broken(row))
 
 
 def raw_bytes(array: np.ndarray, dtype: str) -> bytes:

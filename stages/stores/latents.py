@@ -18,10 +18,10 @@ import numpy as np
 
 from schemas.base import Strict
 from schemas.errors import Damaged
-from stages.contract.digests import canonical_json, digest_of, sha256_bytes
+from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes
 from stages.contract.publish import publish_folder, workspace
 from stages.stores.blame import Blame, check_crc32c, check_sha256, file_size, read_bytes
-from stages.stores.fragments import LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes
+from stages.stores.fragments import LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes, whole_records
 
 KIND = Kind(name="latents", suffix="", stage="encode-latents")
 METADATA = "zarr.json"
@@ -170,6 +170,12 @@ def scan_latents(store: Path) -> dict[str, LatentRow]:
         found.append(((folder / SHARD).stat().st_mtime_ns, fragment, array))
     found.sort(key=lambda each: each[:2])
     return {row.latent_key: row for _, _, array in found for row in array.rows()}
+
+
+def whole_latents(stores: Sequence[Path], rows: Sequence[LatentRow], digests: StatCache) -> dict[str, LatentRow]:
+    """Return those of `rows` whose bytes are as they were written, by key."""
+    found = whole_records(stores, rows, LatentReader(stores), fragment_files, digests)
+    return {row.latent_key: row for row in found}
 
 
 def _open(folder: Path, fragment: str, blame: Blame) -> Array:

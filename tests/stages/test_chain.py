@@ -211,7 +211,7 @@ def test_lost_or_short_fragment_stops_training_and_is_encoded_again(
     assert stage in refused.result["error"]["fix"]
     healed = untrained.run(stage)
     assert (healed.code, healed.counts["encoded"]) == (0, healed.counts["total"])
-    assert "missing or cut short" in healed.stderr
+    assert "missing or damaged" in healed.stderr
     assert fragment(untrained, stage).read_bytes() == before
 
 
