@@ -25,7 +25,8 @@ from schemas.version import VERSION
 from stages.console import messages
 from stages.console.invocation import job_of, place_options
 from stages.contract.job import Job
-from stages.contract.runner import Findings, load_stage, run_stage
+from stages.contract.launch import launched_rank
+from stages.contract.runner import Findings, Parallel, follow_stage, load_stage, run_stage
 
 # Shown by --help without importing a verb.
 STAGES = {
@@ -139,7 +140,11 @@ def _run_stage(name: str, /, **options: Any) -> int:
     del options["debug"]
     messages.configure(quiet=options["quiet"])
     with _interruptible():
-        result, code = _result(name, job_of(options), started)
+        job = job_of(options)
+        if launched_rank():
+            follow_stage(name, job)
+            return 0
+        result, code = _result(name, job, started)
     if as_json:
         messages.result(msgspec.json.encode(result))
     else:
@@ -152,6 +157,8 @@ def _result(name: str, job: Job, started: float) -> tuple[Result, int]:
         return importlib.import_module("stages.verify").run(job)
     stage = load_stage(name)
     outcome = run_stage(stage, job)
+    if launched_rank() is not None and isinstance(stage, Parallel):
+        stage.dismiss()
     findings = stage.findings(outcome.folder) if isinstance(stage, Findings) else msgspec.UNSET
     result = Result(
         stage=name,

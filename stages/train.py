@@ -24,6 +24,8 @@ from stages.training.sources import held_out_inputs
 
 if TYPE_CHECKING:
     from stages.training.checkpoints import Checkpoint
+    from stages.training.ranks import Ranks
+    from stages.training.step import Trainer
 
 LORA, EMA = "lora.safetensors", "ema.safetensors"
 # Of `validation` only the pictures it keeps from training, of `init_lora` what is in the file.
@@ -82,6 +84,23 @@ class Train:
             roles=roles,
             counts={"steps": steps, "resumed_from": start.step if start is not None else 0},
         )
+
+    def follow(self, job: Job) -> None:
+        """Take this process's part in the trainings of the one it was launched with."""
+        from stages.training.checkpoints import trajectory_of
+        from stages.training.ranks import ranks
+
+        company = ranks()
+        company.check(job.config.train)
+        plan = self.plan(job)
+        while company.listen(trajectory_of(plan.params, plan.inputs)):
+            _follow(job, plan, company)
+
+    def dismiss(self) -> None:
+        """Let the processes launched with this one go."""
+        from stages.training.ranks import ranks
+
+        ranks().end()
 
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """The run is complete."""
@@ -155,15 +174,19 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.flux2.backend import prepare
     from stages.lora.targets import portability, sizes
     from stages.stores.tensors import to_mlx
+    from stages.training.checkpoints import trajectory_of
     from stages.training.control import Control
     from stages.training.loop import Loop
     from stages.training.preflight import preflight
     from stages.training.profile import profiling
+    from stages.training.ranks import ranks
     from stages.training.recorder import Instruments, Recorder
     from stages.training.sources import make_trainer, training_data, validator
     from stages.training.trackers import require_packages, tracked
 
     settings = job.config.train
+    company = ranks()
+    company.check(settings)
     require_packages(settings.tracking)
     backend = prepare()
     job.say(backend.line())
@@ -175,11 +198,14 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         job.warn("validate.masks prepares masks that nothing reads: add [train.mask], or leave validate.masks out")
     data = training_data(job)
     preflight(job, data, backend, start.step if start is not None else 0)
+    company.begin(trajectory_of(plan.params, plan.inputs))
     trainer = make_trainer(job, settings, backend.compute_dtype, plan.inputs.get(ROLE))
     if start is not None:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
+    _join(trainer, company)
     steps_done = trainer.steps
     with (
+        company.together(),
         progress("train", total=settings.steps, done=steps_done, quiet=job.flags.quiet) as bar,
         Control(job.run_folder, paused=bar.paused, say=job.say, warn=job.warn) as control,
         profiling(job.flags.profile, job.run_folder) as profile,
@@ -192,6 +218,28 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         Loop(trainer, data, settings, seed, *hears, control=control, warn=warn, profile=profile).run()
     # The loop ends with a checkpoint of its last step.
     return cast("Checkpoint", recorder.last)
+
+
+def _follow(job: Job, plan: Plan, company: Ranks) -> None:
+    """Compute this process's micro-batches of a training that another process leads."""
+    from stages.flux2.backend import prepare
+    from stages.training.loop import Loop
+    from stages.training.sources import make_trainer, training_data
+
+    backend = prepare()
+    job.say(f"process {company.rank} of {company.size}: {backend.line()}")
+    settings = job.config.train
+    trainer = make_trainer(job, settings, backend.compute_dtype, plan.inputs.get(ROLE))
+    _join(trainer, company)
+    with company.together():
+        Loop(trainer, training_data(job), settings, job.config.run.seed, lambda _: None, lambda *_: None).run()
+
+
+def _join(trainer: Trainer, company: Ranks) -> None:
+    """Let the trainer go on, with those of the other processes, from the state that the first one has."""
+    trainer.ranks = company
+    if company.size > 1:
+        trainer.load_state(company.from_first(trainer.state()))
 
 
 STAGE = Train()

@@ -12,7 +12,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import msgspec
 
-from schemas.errors import Damaged, Fault, Stale
+from schemas.errors import BadConfig, Damaged, Fault, Stale
 from schemas.manifest import Manifest
 from schemas.version import VERSION
 from stages.contract.artifacts import (
@@ -28,6 +28,7 @@ from stages.contract.artifacts import (
 )
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
+from stages.contract.launch import launched_rank
 from stages.contract.locks import hold
 from stages.contract.publish import no_resources, publish_folder, workspace
 
@@ -71,6 +72,19 @@ class Findings(Protocol):
 
     def findings(self, folder: Path) -> list[Fault]:
         """Return the findings that the artifact in `folder` lists."""
+        ...
+
+
+@runtime_checkable
+class Parallel(Protocol):
+    """A stage whose work several processes, launched together, share."""
+
+    def follow(self, job: Job) -> None:
+        """Do this process's part, as the first process asks, until nothing is left."""
+        ...
+
+    def dismiss(self) -> None:
+        """Tell the other processes that nothing is left."""
         ...
 
 
@@ -121,6 +135,19 @@ def _read_whole(job: Job, name: str, folder: Path) -> Manifest:
             fix=job.remedy(name),
         )
     return manifest
+
+
+def follow_stage(name: str, job: Job) -> None:
+    """Run the stage in a process that another, launched with it, leads. Raises BadConfig where one is enough."""
+    stage = None if name == "verify" else load_stage(name)
+    if not isinstance(stage, Parallel):
+        raise BadConfig(
+            "processes.one",
+            f"{name} runs as one process",
+            why=f"this is number {launched_rank()} of several, counted from 0",
+            fix=f"run it without mlx.launch: flux2-lora {name} ...",
+        )
+    stage.follow(job)
 
 
 def run_stage(stage: Stage, job: Job) -> Outcome:

@@ -16,18 +16,21 @@ SIGNALS = {
 class Interruption:
     """While entered, `signal_number` becomes what the first signal stands for; the next acts as if nothing were here.
 
-    A SIGHUP that is ignored, as nohup has it, stays ignored.
+    A SIGHUP that is ignored, as nohup has it, stays ignored. A process that `follows` another finishes the step that
+    one is in: Ctrl-C, which reaches both, is for the other; anything else ends it, since it has nothing to save.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, follows: bool = False) -> None:
         self.signal_number: int | None = None
+        self._follows = follows
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
         heard = [
             number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         ]
-        self._before = {number: signal.signal(number, self._remember) for number in heard}
+        handlers = dict.fromkeys(heard, signal.SIG_DFL) | {signal.SIGINT: signal.SIG_IGN} if self._follows else {}
+        self._before = {number: signal.signal(number, handlers.get(number, self._remember)) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -38,10 +38,15 @@ MOST_UNSAVED = 3
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step, and the names their draws go by."""
+    """The micro-batches of one optimizer step: their places in it, the names their draws go by, their content.
 
+    They are `share` of the step's samples: of processes that train together each has its own.
+    """
+
+    places: list[int]
     names: list[list[str]]
     batches: list[Batch]
+    share: float
 
 
 def _never(_: int) -> bool:
@@ -89,7 +94,7 @@ class Loop:
         self._paused = False
         self._began = time.monotonic()
         self.trainer.profile = self.profile
-        with Interruption() as self._interruption:
+        with Interruption(follows=self.trainer.ranks.follows) as self._interruption:
             windows = self.profile.waits(ahead(lambda step: self._read(order, step), start, stop))
             for step, window in enumerate(windows, start):
                 self._take(window, step)
@@ -107,7 +112,7 @@ class Loop:
         """Take optimizer step `step` (from 0); read the numbers of the one before while it runs."""
         try:
             with self.profile.phase(BUILD):
-                result = self.trainer.step(self._prepared(window, step))
+                result = self.trainer.step(self._prepared(window, step), window.share)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -128,13 +133,15 @@ class Loop:
         mx.clear_cache()
         self._starved += 1
         self.trainer.skip()
-        if self._starved == MOST_STARVED:
+        # Of processes that train together none can leave out a step that the others take.
+        most = MOST_STARVED if self.trainer.ranks.size == 1 else 1
+        if self._starved == most:
             # They are to be taken again once there is memory: the checkpoint is as of the step before them.
-            self.trainer.skip(-MOST_STARVED)
-            self._save(step - MOST_STARVED, public=False)
+            self.trainer.skip(-most)
+            self._save(step - most, public=False)
             raise NoResources(
                 "memory.full",
-                f"no memory for {MOST_STARVED} training steps in a row, last step {step}",
+                f"no memory for {most} training steps in a row, last step {step}",
                 why=why,
                 fix="set train.gradient_checkpointing = true, or lower train.batch_size or validate.resolutions, "
                 "or close other programs; run the same command again to go on",
@@ -228,11 +235,10 @@ class Loop:
         window = [[next(names) for _ in batch] for batch in ids]
         preservation = self.settings.preservation
         classes = isinstance(preservation, Output) and step % preservation.every == 0
-        batches = [
-            self.data.read(self._samples(batch, named, step), classes=classes)
-            for batch, named in zip(ids, window, strict=True)
-        ]
-        return Window(window, batches)
+        own = self.trainer.ranks.own(count)
+        batches = [self.data.read(self._samples(ids[place], window[place], step), classes=classes) for place in own]
+        share = sum(len(ids[place]) for place in own) / sum(len(batch) for batch in ids)
+        return Window(own, [window[place] for place in own], batches, share)
 
     def _samples(self, ids: Sequence[str], names: Sequence[str], step: int) -> list[Sample]:
         drop = dropped(self.seed, step, names, self.settings.caption_dropout)
@@ -241,11 +247,8 @@ class Loop:
         return [Sample(*each) for each in zip(ids, flip, drop, caption, strict=True)]
 
     def _prepared(self, window: Window, step: int) -> list[objective.Batch]:
-        first = step * len(window.batches)
-        moments = [
-            Moment(self.seed, step, (first + index) * self.settings.batch_size)
-            for index in range(len(window.batches))
-        ]
+        first = step * self.settings.gradient_accumulation
+        moments = [Moment(self.seed, step, (first + place) * self.settings.batch_size) for place in window.places]
         prepared = [
             self._weighed(
                 prepare(mx.array(batch.latents), mx.array(batch.text), names, settings=self.settings, moment=moment),

@@ -23,11 +23,13 @@ from stages.training.objective import Batch, loss
 from stages.training.optimizers.choice import optimizer
 from stages.training.optimizers.rule import State
 from stages.training.profile import Profile
+from stages.training.ranks import Ranks
 from stages.training.schedules import learning_rate
 
 # As torch.nn.utils.clip_grad_norm_: keeps the quotient finite for a norm of zero.
 CLIP_EPS = 1e-6
 LORA, OPTIMIZER, EMA, STEPS = "lora.", "optimizer.", "ema.", "steps"
+LOSS = "loss"
 
 Gradient = Callable[..., tuple[mx.array, Factors]]
 Apply = Callable[..., tuple[Factors, State, State, mx.array, mx.array]]
@@ -56,6 +58,7 @@ class Trainer:
         self._optimizer = self._rule.initial(self._factors)
         self._average = {} if settings.ema is None else initial_average(self._factors)
         self.profile = Profile()
+        self.ranks = Ranks()
         self._steps = 0
         self._running: list[mx.array] = []
         self._gradient = _gradient(transformer, settings)
@@ -81,11 +84,14 @@ class Trainer:
         """Their moving average; None when `ema` is off. Training goes on from the factors themselves."""
         return {name: self._average[name] for name in self._factors} if self._average else None
 
-    def step(self, batches: Sequence[Batch]) -> StepResult:
-        """Take one optimizer step over a window of micro-batches, in which every sample counts the same."""
+    def step(self, batches: Sequence[Batch], share: float = 1.0) -> StepResult:
+        """Take one optimizer step over a window of micro-batches, in which every sample counts the same.
+
+        Of processes that train together each brings its own micro-batches, `share` of the step's samples.
+        """
         settings = self._settings
         rate = learning_rate(settings.schedule, settings.peak_rate, self._steps, settings.steps)
-        total, gradients = self._accumulate(batches)
+        total, gradients = self._accumulate(batches, share)
         factors, state, average, norm, finite = self._apply(
             total, gradients, self._factors, self._optimizer, self._average, mx.array(rate)
         )
@@ -127,21 +133,23 @@ class Trainer:
         self._steps = int(np.array(state[STEPS]))
         assign(self._transformer, self._factors)
 
-    def _accumulate(self, batches: Sequence[Batch]) -> tuple[mx.array, Factors]:
+    def _accumulate(self, batches: Sequence[Batch], share: float) -> tuple[mx.array, Factors]:
         samples = sum(batch.latents.shape[0] for batch in batches)
-        shares = [batch._replace(weights=batch.weights * (batch.latents.shape[0] / samples)) for batch in batches]
-        total, gradients = self._gradient(self._factors, self._draw_keys(0), *shares[0])
-        for index, share in enumerate(shares[1:], 1):
+        parts = [batch._replace(weights=batch.weights * (batch.latents.shape[0] / samples)) for batch in batches]
+        total, gradients = self._gradient(self._factors, self._draw_keys(0), *parts[0])
+        for index, part in enumerate(parts[1:], 1):
             # Tied behind the micro-batch before: else the graph may keep the activations of several at once.
-            latents = mx.depends([share.latents], [total, *gradients.values()])[0]
-            value, found = self._gradient(self._factors, self._draw_keys(index), *share._replace(latents=latents))
+            latents = mx.depends([part.latents], [total, *gradients.values()])[0]
+            value, found = self._gradient(self._factors, self._draw_keys(index), *part._replace(latents=latents))
             total = total + value
             gradients = {name: gradients[name] + found[name] for name in gradients}
-        return total, gradients
+        gradients = self.ranks.total({**gradients, LOSS: total}, share)
+        return gradients.pop(LOSS), gradients
 
     def _draw_keys(self, micro_batch: int) -> dict[str, mx.array]:
         spec = self._settings.adapter
-        return draw_keys(self._transformer, spec, seed=self._seed, step=self._steps, micro_batch=micro_batch)
+        place = self.ranks.place(micro_batch)
+        return draw_keys(self._transformer, spec, seed=self._seed, step=self._steps, micro_batch=place)
 
     def _launch(self, arrays: list[mx.array]) -> None:
         # The one evaluation point of a step. The step before must end first, so that two never share the memory;

@@ -111,7 +111,7 @@ def test_latents_that_overflow_end_the_run(tmp_path: Path, monkeypatch: pytest.M
 def test_weights_that_are_not_finite_are_not_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     apply = Trainer.step
 
-    def overflow(trainer: Trainer, batches: list[Batch]) -> StepResult:
+    def overflow(trainer: Trainer, batches: list[Batch], share: float) -> StepResult:
         result = apply(trainer, batches)
         if trainer.steps == 3:
             state = trainer.state()
