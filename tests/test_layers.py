@@ -20,9 +20,11 @@ ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "pipel
 ROOMS = {
     "cli": 0,
     "verb": 1,
+    "pretraining": 1.5,
     "training": 2,
     "lora": 3,
     "flux2": 4,
+    "world": 4,
     "dataset": 4,
     "console": 4,
     "stores": 5,
@@ -30,7 +32,7 @@ ROOMS = {
     "schemas": 7,
 }
 VERB_RANK = ROOMS["verb"]
-MLX = re.compile(r"stages/(flux2|lora|training)/.*|stages/stores/tensors\.py")
+MLX = re.compile(r"stages/(flux2|lora|pretraining|training|world)/.*|stages/stores/tensors\.py")
 # Inside the functions of verbs that compute, too.
 MLX_IN_FUNCTIONS = re.compile(r"stages/[a-z_]+\.py")
 TABLES = re.compile(r"stages/stores/.*|schemas/tables\.py")
@@ -70,7 +72,7 @@ def room(module: str) -> str:
     return module if is_verb(module) else module.split(".")[1]
 
 
-def rank(where: str) -> int:
+def rank(where: str) -> float:
     return ROOMS.get(where, VERB_RANK)
 
 
