@@ -5,10 +5,10 @@ Masks come along: cropped and scaled as their pictures, one number per cell of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
@@ -21,7 +21,7 @@ from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.dataset import pixels
 from stages.dataset.draws import Draw
-from stages.flux2.identity import encoder_digest, model_of
+from stages.flux2.identity import encoder_digest, model_of, model_without_making
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,8 +60,8 @@ class EncodeLatents:
 
         manifest, folder = upstream(job, "validate")
         items = read_table(folder / "dataset.parquet", DATASET)
-        wanted = list(_wanted(job, plan, items))
-        covers = list(_wanted_masks(job, items, read_draws(manifest, folder, items)))
+        wanted = list(_wanted(plan, items))
+        covers = list(_wanted_masks(plan, manifest, items, read_draws(manifest, folder, items)))
         known: dict[str, LatentRow] = {}
         for store in () if job.flags.force else reversed(job.stores):
             known |= scan_latents(store)
@@ -78,10 +78,7 @@ class EncodeLatents:
         names = sorted({known[key].fragment for key in distinct})
         files = [path.as_posix() for name in names for path in fragment_files(Path(), name)]
         return Built(
-            roles={
-                "latents": digest_of("latents", sorted(_content(row) for row in rows)),
-                **({"masks": digest_of("masks", sorted(map(_content, masks)))} if "masks" in plan.inputs else {}),
-            },
+            roles=_roles(rows, masks if "masks" in plan.inputs else None),
             counts={"total": len(distinct), "encoded": len(missing), "reused": len(distinct) - len(missing)},
             fragments={name: holder(name, job.stores) for name in files},
         )
@@ -94,10 +91,37 @@ class EncodeLatents:
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Leave nothing in the run folder: latents are not looked at."""
 
+    def roles_of(self, manifest: Manifest, folder: Path) -> Mapping[str, str]:
+        """Return the digests of what training reads, from the indices in `folder`. Raises Damaged."""
+        from schemas.tables import LATENT_INDEX, MASK_INDEX
+        from stages.stores.tables import read_table
+
+        masks = read_table(folder / MASK_INDEX.name, MASK_INDEX) if "masks" in manifest.inputs else None
+        return _roles(read_table(folder / INDEX, LATENT_INDEX), masks)
+
+    def expected(self, manifest: Manifest, validated: tuple[Manifest, Path]) -> dict[tuple[object, ...], str]:
+        """Return the key of every latent and mask by (table, item_id, flip). Raises Damaged."""
+        return {(each.table, each.item["item_id"], each.flip): each.key for each in _all(manifest, validated)}
+
+    def encode_again(
+        self, job: Job, manifest: Manifest, validated: tuple[Manifest, Path], keys: Collection[str]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (key, latent as stored) of the latents among `keys`. Raises Stale for a picture that changed."""
+        from stages.flux2.backend import prepare
+        from stages.flux2.load import load_autoencoder
+
+        prepare()
+        autoencoder = load_autoencoder(model_without_making(job), encoder=True, decoder=False)
+        wanted = {each.key: each for each in _all(manifest, validated) if isinstance(each, _Wanted)}
+        for key in keys:
+            if key in wanted:
+                yield key, _latent(job, autoencoder, wanted[key])
+
 
 class _Wanted(msgspec.Struct, frozen=True):
     """One latent that the dataset asks for: `item` is its row of dataset.parquet."""
 
+    table: ClassVar[str] = INDEX
     item: dict[str, Any]
     flip: bool
     key: str
@@ -106,6 +130,7 @@ class _Wanted(msgspec.Struct, frozen=True):
 class _WantedMask(msgspec.Struct, frozen=True):
     """One mask that the dataset asks for: `draw` names its file."""
 
+    table: ClassVar[str] = "masks.parquet"
     item: dict[str, Any]
     flip: bool
     key: str
@@ -113,27 +138,41 @@ class _WantedMask(msgspec.Struct, frozen=True):
     source: MaskSource
 
 
-def _wanted(job: Job, plan: Plan, items: Sequence[dict[str, Any]]) -> Iterator[_Wanted]:
+def _all(manifest: Manifest, validated: tuple[Manifest, Path]) -> list[_Wanted | _WantedMask]:
+    """Return what an artifact must list of the dataset it was made from. Raises Damaged."""
+    from schemas.tables import DATASET
+    from stages.dataset.draws import read_draws
+    from stages.stores.tables import read_table
+
+    dataset, folder = validated
+    items = read_table(folder / DATASET.name, DATASET)
+    plan = Plan(manifest.params, manifest.inputs)
+    return [*_wanted(plan, items), *_wanted_masks(plan, dataset, items, read_draws(dataset, folder, items))]
+
+
+def _wanted(plan: Plan, items: Sequence[dict[str, Any]]) -> Iterator[_Wanted]:
     for item in items:
-        for flip in (False, True) if job.config.encode_latents.flip else (False,):
+        for flip in (False, True) if plan.params["flip"] else (False,):
             value = {
                 "image": item["image_sha256"],
                 "plan": pixels.plan(_crop(item), _bucket(item), item["background"]),
                 "flip": flip,
                 "autoencoder": plan.inputs["autoencoder"],
-                "dtype": job.config.encode_latents.dtype,
+                "dtype": plan.params["dtype"],
                 "version": EncodeLatents.version,
             }
             yield _Wanted(item, flip, digest_of("latent", value))
 
 
-def _wanted_masks(job: Job, items: Sequence[dict[str, Any]], draws: Mapping[str, Draw]) -> Iterator[_WantedMask]:
-    source = job.config.validate.masks
+def _wanted_masks(
+    plan: Plan, dataset: Manifest, items: Sequence[dict[str, Any]], draws: Mapping[str, Draw]
+) -> Iterator[_WantedMask]:
+    source: MaskSource | None = dataset.params.get("masks")
     if source is None:
         return
     for item in items:
         draw = draws[item["item_id"]]
-        for flip in (False, True) if job.config.encode_latents.flip else (False,):
+        for flip in (False, True) if plan.params["flip"] else (False,):
             value = {
                 "mask": draw.mask_sha256,
                 "source": source,
@@ -254,6 +293,11 @@ def _index_row(each: _Wanted | _WantedMask, row: LatentRow) -> dict[str, Any]:
         "dtype": row.dtype,
         "sha256": row.sha256,
     }
+
+
+def _roles(rows: Sequence[Mapping[str, Any]], masks: Sequence[Mapping[str, Any]] | None) -> dict[str, str]:
+    covers = {} if masks is None else {"masks": digest_of("masks", sorted(map(_content, masks)))}
+    return {"latents": digest_of("latents", sorted(map(_content, rows))), **covers}
 
 
 def _content(row: Mapping[str, Any]) -> list[Any]:

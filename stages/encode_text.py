@@ -5,7 +5,7 @@ Each distinct text is encoded once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.dataset.captions import caption_id, prompt_with_trigger, with_class_word
-from stages.flux2.identity import model_of, text_encoder_digest, tokenizer_digest
+from stages.flux2.identity import model_of, model_without_making, text_encoder_digest, tokenizer_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,16 +59,13 @@ class EncodeText:
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Encode what no store has yet, and write the index."""
-        from schemas.tables import CAPTIONS, EMBEDDING_INDEX
+        from schemas.tables import EMBEDDING_INDEX
         from stages.stores.embeddings import scan_embeddings, whole_embeddings
-        from stages.stores.tables import read_table, write_table
+        from stages.stores.tables import write_table
 
-        _, folder = upstream(job, "validate")
-        captions = [row["text"] for row in read_table(folder / "captions.parquet", CAPTIONS)]
-        wanted = [("caption", text, text) for text in captions] + [("empty", "", "")]
-        wanted += [("prompt", text, text) for text in plan.params["prompts"]]
-        if replaced := plan.params.get("class_captions"):
-            wanted += [("class", text, with_class_word(text, **replaced)) for text in captions]
+        validated = upstream(job, "validate")
+        captions = _captions(validated)
+        wanted = _wanted(plan, captions)
         keys = {text: _embedding_key(plan, text) for _, _, text in wanted}
         known: dict[str, EmbeddingRow] = {}
         for store in () if job.flags.force else reversed(job.stores):
@@ -80,10 +77,7 @@ class EncodeText:
         write_table(work / INDEX, EMBEDDING_INDEX, rows)
         fragments = sorted({known[key].fragment for key in keys.values()})
         return Built(
-            roles={
-                role: digest_of("embeddings", sorted(_content(row) for row in rows if row["role"] == role))
-                for role in ROLES
-            },
+            roles=_roles(rows),
             counts={"total": len(keys), "encoded": len(missing), "reused": len(keys) - len(missing)},
             fragments={name: holder(name, job.stores) for name in fragments},
         )
@@ -96,10 +90,57 @@ class EncodeText:
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Leave nothing in the run folder: embeddings are not looked at."""
 
+    def roles_of(self, manifest: Manifest, folder: Path) -> Mapping[str, str]:
+        """Return the digests of what training and previews read, from the index in `folder`. Raises Damaged."""
+        from schemas.tables import EMBEDDING_INDEX
+        from stages.stores.tables import read_table
+
+        return _roles(read_table(folder / INDEX, EMBEDDING_INDEX))
+
+    def expected(self, manifest: Manifest, validated: tuple[Manifest, Path]) -> dict[tuple[object, ...], str]:
+        """Return the key of every embedding by (role, caption_id, text). Raises Damaged."""
+        plan = Plan(manifest.params, manifest.inputs)
+        return {
+            (role, caption_id(named), text): _embedding_key(plan, text)
+            for role, named, text in _wanted(plan, _captions(validated))
+        }
+
+    def encode_again(
+        self, job: Job, manifest: Manifest, validated: tuple[Manifest, Path], keys: Collection[str]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (key, embedding as stored) of `keys`."""
+        from stages.flux2.backend import prepare
+        from stages.flux2.load import load_text_encoder
+        from stages.flux2.text.tokenize import Tokenizer
+
+        model = model_without_making(job)
+        tokenizer = Tokenizer(model.tokenizer, model.variant.text_encoder)
+        encoder = load_text_encoder(model, prepare().compute_dtype)
+        plan = Plan(manifest.params, manifest.inputs)
+        texts = {_embedding_key(plan, text): text for _, _, text in _wanted(plan, _captions(validated))}
+        for key in keys:
+            yield key, _embedding(job, encoder, tokenizer.encode(texts[key]))
+
 
 def prompts(job: Job) -> list[str]:
     """Return the preview prompts in order, `[trigger]` replaced."""
     return [prompt_with_trigger(text, job.config.validate.trigger) for text in job.config.preview.prompts]
+
+
+def _captions(validated: tuple[Manifest, Path]) -> list[str]:
+    from schemas.tables import CAPTIONS
+    from stages.stores.tables import read_table
+
+    return [row["text"] for row in read_table(validated[1] / CAPTIONS.name, CAPTIONS)]
+
+
+def _wanted(plan: Plan, captions: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return (role, the text that names it, the text that is encoded) of every row of the index."""
+    wanted = [("caption", text, text) for text in captions] + [("empty", "", "")]
+    wanted += [("prompt", text, text) for text in plan.params["prompts"]]
+    if replaced := plan.params.get("class_captions"):
+        wanted += [("class", text, with_class_word(text, **replaced)) for text in captions]
+    return wanted
 
 
 def _class_captions(job: Job) -> dict[str, str]:
@@ -177,6 +218,12 @@ def _index_row(role: str, named: str, text: str, row: EmbeddingRow) -> dict[str,
         "width": row.width,
         "dtype": row.dtype,
         "sha256": row.sha256,
+    }
+
+
+def _roles(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {
+        role: digest_of("embeddings", sorted(_content(row) for row in rows if row["role"] == role)) for role in ROLES
     }
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -85,6 +85,34 @@ class Parallel(Protocol):
 
     def dismiss(self) -> None:
         """Tell the other processes that nothing is left."""
+        ...
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """A stage whose roles follow from the tables in its artifact."""
+
+    def roles_of(self, manifest: Manifest, folder: Path) -> Mapping[str, str]:
+        """Return the digests of what later stages read, from the tables in `folder`. Raises Damaged."""
+        ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A stage that encodes records, each by itself and under its own key.
+
+    Nothing here depends on the configuration: an artifact is judged by its manifest and by `validated`, the artifact
+    of validate that it was made from.
+    """
+
+    def expected(self, manifest: Manifest, validated: tuple[Manifest, Path]) -> dict[tuple[object, ...], str]:
+        """Return the key of every record that the artifact must list, by what its index names it by."""
+        ...
+
+    def encode_again(
+        self, job: Job, manifest: Manifest, validated: tuple[Manifest, Path], keys: Collection[str]
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (key, record as stored) of those of `keys` that need a model, encoded anew; write nothing."""
         ...
 
 
