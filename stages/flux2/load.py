@@ -7,19 +7,18 @@ module is returned.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 import mlx.core as mx
 from mlx import nn
 
-from schemas.errors import BadConfig
 from stages.flux2 import names, shapes, weights
 from stages.flux2.folder import ModelFiles
 from stages.flux2.weights import Layout
 
 if TYPE_CHECKING:
     from stages.flux2.autoencoder import Autoencoder
-    from stages.flux2.text.qwen3 import Qwen3
+    from stages.flux2.text.decoder import TextEncoder
     from stages.flux2.transformer import Transformer
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -40,23 +39,18 @@ def load_autoencoder(model: ModelFiles, *, encoder: bool, decoder: bool) -> Auto
     return _fill(module, _autoencoder(model, encoder=encoder, decoder=decoder), mx.float32)
 
 
-def load_text_encoder(model: ModelFiles, dtype: mx.Dtype) -> Qwen3:
-    """Return the text encoder's layers in use, weights and activations of `dtype`.
-
-    Raises `Damaged` if the files are not it, `BadConfig` for a kind of encoder that cannot run here yet.
-    """
+def load_text_encoder(model: ModelFiles, dtype: mx.Dtype) -> TextEncoder:
+    """Return the text encoder's layers in use, weights and activations of `dtype`. Raises `Damaged` if not it."""
+    from stages.flux2.text.mistral3 import Mistral3
     from stages.flux2.text.qwen3 import Qwen3
 
     config = model.variant.text_encoder
-    if config.kind != "qwen3":
-        raise BadConfig(
-            "model.text_encoder_unsupported",
-            f"text encoders of kind {config.kind} cannot run yet",
-            where=model.source,
-            why="expected qwen3",
-            fix="use a klein model",
-        )
-    return _fill(Qwen3(config, dtype), _text_encoder(model), dtype)
+    match config.kind:
+        case "qwen3":
+            return _fill(Qwen3(config, dtype), _text_encoder(model), dtype)
+        case "mistral3":
+            return _fill(Mistral3(config, dtype), _text_encoder(model), dtype)
+    assert_never(config.kind)
 
 
 def transformer_digest(model: ModelFiles, on_bytes: Callable[[int], None] | None = None) -> str:

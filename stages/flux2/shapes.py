@@ -75,7 +75,7 @@ def text_encoder_shapes(config: TextEncoderConfig) -> Shapes:
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        if config.kind == "qwen3":
+        if config.normalises_queries:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)
     return shapes

@@ -83,6 +83,11 @@ class TextEncoderConfig:
         """Features per token of the embedding: three hidden states side by side."""
         return 3 * self.hidden_size
 
+    @property
+    def normalises_queries(self) -> bool:
+        """Whether each head's queries and keys are normalised, with weights of their own."""
+        return self.kind == "qwen3"
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -10,16 +10,17 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from schemas.errors import BadConfig, Damaged
+from schemas.errors import Damaged
 from schemas.run import Model
 from stages.flux2 import load, names, shapes
 from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.folder import ModelFiles, open_model
 from stages.flux2.micro import make_micro
 from stages.flux2.shapes import Shapes
+from stages.flux2.text.mistral3 import Mistral3
 from stages.flux2.text.qwen3 import Qwen3
 from stages.flux2.transformer import Transformer
-from stages.flux2.variants import DEV, KLEIN_4B, MICRO, MISTRAL_24B, QWEN3_4B, AutoencoderConfig
+from stages.flux2.variants import DEV, KLEIN_4B, MICRO, MISTRAL_24B, QWEN3_4B, QWEN3_8B, AutoencoderConfig
 from stages.stores import tensors
 from stages.stores.tensors import Tensor
 
@@ -59,9 +60,12 @@ def test_autoencoder_module_is_the_table(config: AutoencoderConfig, *, encoder: 
     assert parameters(Autoencoder(config, encoder=encoder, decoder=decoder)) == in_mlx(expected)
 
 
-@pytest.mark.parametrize("config", [MICRO.text_encoder, QWEN3_4B])
-def test_text_encoder_module_is_the_table(config: object) -> None:
-    assert parameters(Qwen3(config)) == shapes.text_encoder_shapes(config)
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(Qwen3, MICRO.text_encoder), (Qwen3, QWEN3_4B), (Qwen3, QWEN3_8B), (Mistral3, MISTRAL_24B)],
+)
+def test_text_encoder_module_is_the_table(kind: type[nn.Module], config: object) -> None:
+    assert parameters(kind(config)) == shapes.text_encoder_shapes(config)
 
 
 def test_loaded_modules_hold_the_files_values(model: ModelFiles) -> None:
@@ -180,9 +184,3 @@ def test_truncated_weights_are_an_error_never_zeros(model: ModelFiles, tmp_path:
         os.truncate(path, size)
         with pytest.raises(Damaged, match=r"tensors\.truncated"):
             load.load_transformer(cut, mx.float32)
-
-
-def test_text_encoder_of_dev_is_said_to_be_unsupported(model: ModelFiles) -> None:
-    dev = dataclasses.replace(model, variant=dataclasses.replace(model.variant, text_encoder=MISTRAL_24B))
-    with pytest.raises(BadConfig, match=r"model\.text_encoder_unsupported"):
-        load.load_text_encoder(dev, mx.float32)

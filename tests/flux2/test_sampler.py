@@ -10,7 +10,7 @@ from stages.flux2.sampler import Sampling, initial_noise, sample, uses_empty_pro
 from stages.flux2.transformer import Transformer
 from tests.golden import tiny
 
-# Latents of whole runs against diffusers 0.42.1's klein pipeline, float32; measured 5e-6.
+# Latents of whole runs against diffusers 0.42.1's pipelines, float32; measured 5e-6.
 LATENT_BOUND = 5e-5
 
 
@@ -60,9 +60,15 @@ def test_drawn_latent_is_that_of_diffusers(name: str, sampling: Sampling) -> Non
     assert finished == list(range(1, sampling.steps + 1))
 
 
+def test_drawn_latent_of_dev_with_embedded_guidance_is_that_of_diffusers() -> None:
+    golden, dev = tiny.arrays("dev"), tiny.transformer("dev", tiny.DEV)
+    found = sample(dev, golden["noise"], golden["txt"], None, Sampling(6, 4.0, distilled=False))
+    assert tiny.error(found, golden["drawn"]) <= LATENT_BOUND
+
+
 def test_only_base_variants_without_embedded_guidance_need_the_empty_prompt() -> None:
     base = Transformer(tiny.KLEIN)
-    dev = Transformer(dataclasses.replace(tiny.KLEIN, guidance_embeds=True))
+    dev = Transformer(tiny.DEV)
     guided = Sampling(steps=4, guidance=4.0, distilled=False)
     assert uses_empty_prompt(base, guided)
     assert not uses_empty_prompt(dev, guided)
@@ -78,7 +84,7 @@ def test_guidance_without_the_empty_prompt_is_refused() -> None:
 
 def test_embedded_guidance_changes_the_latent() -> None:
     golden = tiny.arrays("flow")
-    dev = tiny.transformer("dev", dataclasses.replace(tiny.KLEIN, guidance_embeds=True))
+    dev = tiny.transformer("dev", tiny.DEV)
     low, high = (
         sample(dev, golden["noise"], golden["txt"], None, Sampling(2, guidance, distilled=False))
         for guidance in (1.0, 4.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ KLEIN = TransformerConfig(
     in_channels=8,
     axes_dims_rope=(4, 4, 4, 4),
 )
+DEV = dataclasses.replace(KLEIN, guidance_embeds=True)
 TEXT_LENGTH, HEIGHT, WIDTH = 7, 3, 5
 
 

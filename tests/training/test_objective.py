@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -72,6 +71,21 @@ def test_loss_and_gradients_of_every_target_are_those_of_peft(model: Transformer
     assert max(distances.values()) <= GRADIENT_BOUND, distances
 
 
+def test_loss_and_gradients_of_dev_are_those_of_peft_at_guidance_one() -> None:
+    golden, dev = tiny.arrays("dev"), tiny.transformer("dev", tiny.DEV)
+    attach(dev, Train(rank=4, alpha=2.0), seed=1)
+
+    def value(factors: Factors) -> mx.array:
+        assign(dev, factors)
+        return loss(dev, golden_batch())
+
+    found, gradients = mx.value_and_grad(value)(golden_factors())
+    assert tiny.error(found, golden["loss"]) <= GRADIENT_BOUND
+    assert len(gradients) == 2 * len(resolve(dev.config, "blocks"))
+    distances = {name: tiny.distance(gradients[name], golden[f"gradient.{name}"]) for name in gradients}
+    assert max(distances.values()) <= GRADIENT_BOUND, distances
+
+
 def test_weights_scale_each_sample_alone(model: Transformer) -> None:
     batch = golden_batch()
     both, first, second = (
@@ -85,7 +99,7 @@ def test_loss_of_bfloat16_streams_is_float32() -> None:
 
 
 def test_variants_that_embed_guidance_train_at_one() -> None:
-    model = tiny.transformer("dev", dataclasses.replace(tiny.KLEIN, guidance_embeds=True))
+    model = tiny.transformer("dev", tiny.DEV)
     heard: list[mx.array] = []
     embed = model.guidance_in.in_layer
     model.guidance_in.in_layer = lambda x: heard.append(x) or embed(x)

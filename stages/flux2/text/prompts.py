@@ -1,15 +1,13 @@
 """The exact text around a prompt: what each text encoder was asked during the model's own training.
 
-Source: `pipeline_flux2_klein.py` of diffusers and `text_encoder.py` of black-forest-labs/flux2. A template keeps
-control tokens apart from text, so that nothing in a caption can pass for one.
+Source: `pipeline_flux2_klein.py`, `pipeline_flux2.py` and `system_messages.py` of diffusers, `text_encoder.py` of
+black-forest-labs/flux2. A template keeps control tokens apart from text, so that nothing in a caption passes for one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, assert_never
-
-from schemas.errors import BadConfig
 
 PROMPT = "{PROMPT}"
 
@@ -34,10 +32,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Template:
-    """The pieces in order, and the token that fills the rest of the sequence on the right."""
+    """The pieces in order, and the token that fills the rest of the sequence, on the right or on the left.
+
+    `removed` are literals that a prompt loses before it is encoded.
+    """
 
     pieces: tuple[Control | Text, ...]
     pad: Control
+    pads_left: bool = False
+    removed: tuple[str, ...] = ()
 
     def controls(self) -> set[Control]:
         """Return every control token the template needs."""
@@ -62,16 +65,33 @@ QWEN3 = Template(
 )
 
 
+# The line break in the system message is the original's.
+MISTRAL3_SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+# Nothing but control tokens between the parts, no space, and no turn of the assistant.
+MISTRAL3 = Template(
+    pieces=(
+        Control("<s>"),
+        Control("[SYSTEM_PROMPT]"),
+        Text(MISTRAL3_SYSTEM),
+        Control("[/SYSTEM_PROMPT]"),
+        Control("[INST]"),
+        Text(PROMPT),
+        Control("[/INST]"),
+    ),
+    pad=Control("<pad>"),
+    pads_left=True,
+    removed=("[IMG]",),  # the pipeline takes it out, lest it pass for a picture
+)
+
+
 def template_of(kind: Literal["qwen3", "mistral3"]) -> Template:
-    """Return the template of a kind of text encoder. Raises `BadConfig` for one that cannot run here yet."""
+    """Return the template of a kind of text encoder."""
     match kind:
         case "qwen3":
             return QWEN3
         case "mistral3":
-            raise BadConfig(
-                "model.text_encoder_unsupported",
-                "text encoders of kind mistral3 cannot run yet",
-                why="expected qwen3",
-                fix="use a klein model",
-            )
+            return MISTRAL3
     assert_never(kind)

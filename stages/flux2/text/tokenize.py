@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """`ids` padded to the encoder's length; the first `count` of them are the prompt's."""
+    """`ids` padded to the encoder's length; `count` of them, on the other side than the pads, are the prompt's."""
 
     ids: tuple[int, ...]
     count: int
@@ -34,8 +34,7 @@ class Tokenizer:
     def __init__(self, path: Path, config: TextEncoderConfig) -> None:
         """Read `tokenizer.json`.
 
-        Raises `Damaged` if it is absent, no tokenizer, or not one for this encoder; `BadConfig` for an encoder of a
-        kind that cannot run here yet.
+        Raises `Damaged` if it is absent, no tokenizer, or not one for this encoder.
         """
         self._template = template_of(config.kind)
         self._length = config.length
@@ -49,7 +48,9 @@ class Tokenizer:
             raise _damaged("vocabulary", "the tokenizer knows more than the text encoder", path, why)
 
     def encode(self, text: str) -> TokenIds:
-        """Return the ids of the template filled with `text`: cut to the first `length` or padded on the right."""
+        """Return the ids of the template filled with `text`: cut to the first `length`, or padded."""
+        for literal in self._template.removed:
+            text = text.replace(literal, "")
         ids: list[int] = []
         for piece in self._template.pieces:
             match piece:
@@ -59,7 +60,7 @@ class Tokenizer:
                     ids.extend(self._plain.encode(around.replace(PROMPT, text), add_special_tokens=False).ids)
         ids = ids[: self._length]
         padding = [self._ids[self._template.pad.spelling]] * (self._length - len(ids))
-        return TokenIds(tuple(ids + padding), len(ids))
+        return TokenIds(tuple(padding + ids if self._template.pads_left else ids + padding), len(ids))
 
 
 def tokenizer_digest(path: Path) -> str:

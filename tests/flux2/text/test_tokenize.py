@@ -1,4 +1,4 @@
-"""Token ids against transformers' with Qwen's real vocabulary, and what a wrong tokenizer file says."""
+"""Token ids against transformers' with Qwen's real vocabulary and mistral-common's with Mistral's; wrong files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import BadConfig, Damaged
+from schemas.errors import Damaged
 from stages.flux2.micro_tokenizer import tokenizer_json
 from stages.flux2.text.tokenize import Tokenizer, tokenizer_digest
 from stages.flux2.variants import MICRO, MISTRAL_24B, QWEN3_4B
-from tests.golden import qwen_vocabulary
+from tests.golden import mistral_vocabulary, qwen_vocabulary
 from tests.golden.tiny import GOLDEN
 
 ROWS = json.loads((GOLDEN / "qwen-ids.json").read_text())
-PAD = 151643
+MISTRAL_ROWS = json.loads((GOLDEN / "mistral-ids.json").read_text())
+PAD, MISTRAL_PAD = 151643, 11
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,16 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("qwen") / "tokenizer.json"
     path.write_text(json.dumps(qwen_vocabulary.tokenizer_json(qwen_vocabulary.read_ranks(ranks))))
     return Tokenizer(path, QWEN3_4B)
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    tekken = mistral_vocabulary.tekken_file()
+    if tekken is None:
+        pytest.skip("mistral-common, which carries Mistral's vocabulary, is not installed")
+    path = tmp_path_factory.mktemp("mistral") / "tokenizer.json"
+    path.write_text(json.dumps(mistral_vocabulary.tokenizer_json(tekken)))
+    return Tokenizer(path, MISTRAL_24B)
 
 
 @pytest.fixture
@@ -40,6 +51,20 @@ def test_ids_equal_transformers(row: dict, qwen: Tokenizer) -> None:
     tokens = qwen.encode(row["caption"])
     assert list(tokens.ids) == row["ids"] + [PAD] * (512 - len(row["ids"]))
     assert tokens.count == len(row["ids"])
+
+
+@pytest.mark.parametrize("row", MISTRAL_ROWS, ids=[row["name"] for row in MISTRAL_ROWS])
+def test_ids_equal_those_of_mistral_common_and_pads_are_on_the_left(row: dict, mistral: Tokenizer) -> None:
+    tokens = mistral.encode(row["caption"])
+    assert list(tokens.ids) == [MISTRAL_PAD] * (512 - len(row["ids"])) + row["ids"]
+    assert tokens.count == len(row["ids"])
+
+
+def test_literal_that_stands_for_a_picture_is_removed_once(mistral: Tokenizer) -> None:
+    assert mistral.encode("a [IMG]cat[IMG]") == mistral.encode("a cat")
+    assert mistral.encode("[IM[IMG]G]a cat").count > mistral.encode("a cat").count
+    # Its control token, 10, comes from no caption.
+    assert 10 not in mistral.encode("[IM[IMG]G]a cat").ids
 
 
 def test_overlong_caption_keeps_its_first_512_tokens(qwen: Tokenizer) -> None:
@@ -101,8 +126,3 @@ def test_tokenizer_of_a_larger_vocabulary_is_damaged(micro: Path) -> None:
     micro.write_text(json.dumps(tokenizer_json(513)))
     with pytest.raises(Damaged, match="expected at most 512 ids, found 513"):
         Tokenizer(micro, MICRO.text_encoder)
-
-
-def test_encoder_without_a_template_is_refused(micro: Path) -> None:
-    with pytest.raises(BadConfig, match="mistral3 cannot run yet"):
-        Tokenizer(micro, MISTRAL_24B)

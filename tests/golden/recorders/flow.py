@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from tests.golden.recorders.transformer import CONFIG, HEIGHT, TEXT_LENGTH, WIDTH, tiny
@@ -26,19 +26,19 @@ def sigmas(tokens: int, steps: int) -> np.ndarray:
     return levels.sigmas.numpy()
 
 
-def sampled(
-    noise: torch.Tensor, txt: torch.Tensor, empty: torch.Tensor, *, steps: int, distilled: bool
-) -> np.ndarray:
-    """Return the latent [1, C, h, w] before it is decoded."""
-    autoencoder = AutoencoderKLFlux2(
+def autoencoder() -> AutoencoderKLFlux2:
+    """Return one that only says how large latents are."""
+    return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),
         block_out_channels=(4,),
         norm_num_groups=1,
         latent_channels=CONFIG["in_channels"] // 4,
     )
-    model = tiny(guidance_embeds=False)
-    pipeline = Flux2KleinPipeline(scheduler(), autoencoder, None, None, model, is_distilled=distilled)
+
+
+def drawn(pipeline: DiffusionPipeline, noise: torch.Tensor, steps: int, **given: torch.Tensor) -> np.ndarray:
+    """Return the latent [1, C, h, w] that a pipeline draws, before it is decoded."""
     pipeline.set_progress_bar_config(disable=True)
     last: dict[str, torch.Tensor] = {}
 
@@ -52,12 +52,20 @@ def sampled(
         num_inference_steps=steps,
         guidance_scale=4.0,
         latents=noise,
-        prompt_embeds=txt,
-        negative_prompt_embeds=empty,
         output_type="latent",
         callback_on_step_end=keep,
+        **given,
     )
     return last["latents"].transpose(1, 2).reshape(noise.shape).numpy()
+
+
+def sampled(
+    noise: torch.Tensor, txt: torch.Tensor, empty: torch.Tensor, *, steps: int, distilled: bool
+) -> np.ndarray:
+    """Return the latent [1, C, h, w] that the klein pipeline draws."""
+    model = tiny(guidance_embeds=False)
+    pipeline = Flux2KleinPipeline(scheduler(), autoencoder(), None, None, model, is_distilled=distilled)
+    return drawn(pipeline, noise, steps, prompt_embeds=txt, negative_prompt_embeds=empty)
 
 
 def record(out: Path) -> None:

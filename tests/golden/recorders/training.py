@@ -33,9 +33,9 @@ def random_factors() -> dict[str, torch.Tensor]:
     return factors
 
 
-def adapted(factors: dict[str, torch.Tensor]) -> Flux2Transformer2DModel:
+def adapted(factors: dict[str, torch.Tensor], *, guidance_embeds: bool = False) -> Flux2Transformer2DModel:
     """Return the tiny model with peft adapters; q, k and v hold the same A, and thirds of B."""
-    model = tiny(guidance_embeds=False)
+    model = tiny(guidance_embeds=guidance_embeds)
     targets = [source for name in LINEARS for source in diffusers_modules(name)]
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     with torch.no_grad():
@@ -72,7 +72,9 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def loss(model: Flux2Transformer2DModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss(
+    model: Flux2Transformer2DModel, given: dict[str, torch.Tensor], guidance: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the weighted flow-matching loss, tokens packed row by row."""
     t = given["timesteps"].reshape(-1, 1, 1, 1)
     noisy = (1 - t) * given["latents"] + t * given["noise"]
@@ -80,6 +82,7 @@ def loss(model: Flux2Transformer2DModel, given: dict[str, torch.Tensor]) -> torc
         hidden_states=noisy.flatten(2).transpose(1, 2),
         encoder_hidden_states=given["text"],
         timestep=given["timesteps"],
+        guidance=guidance,
         **ids(),
         return_dict=False,
     )[0]
