@@ -229,12 +229,14 @@ def _latent(job: Job, autoencoder: Autoencoder, each: _Wanted) -> np.ndarray:
     import mlx.core as mx
     import numpy as np
 
+    from stages.dataset.decoder import decoders
     from stages.stores.tensors import from_mlx
 
     path = job.dataset / each.item["path"]
     data = _proved(job, path, each.item["image_sha256"])
-    picture = pixels.pixels(
-        data, tuple(each.item["crop"]), _bucket(each.item), job.config.validate.background, flip=each.flip
+    settings = job.config.validate
+    picture = decoders(settings.max_megapixels).pixels(
+        data, _crop(each.item), _bucket(each.item), settings.background, flip=each.flip, where=str(path)
     )
     latent = autoencoder.encode(mx.array(picture)[None])[0]
     stored = from_mlx(latent.astype(mx.bfloat16 if job.config.encode_latents.dtype == "bfloat16" else mx.float32))
@@ -251,17 +253,20 @@ def _latent(job: Job, autoencoder: Autoencoder, each: _Wanted) -> np.ndarray:
 
 def _cover(job: Job, missing: Sequence[_WantedMask]) -> dict[str, LatentRow]:
     """Store the masks that are missing, fragments of one bucket shape each."""
+    from stages.dataset.decoder import decoders
     from stages.stores.fragments import MOST_RECORDS
     from stages.stores.latents import write_latents
 
+    ask = decoders(job.config.validate.max_megapixels)
     written: dict[str, LatentRow] = {}
     for bucket, group in groupby(sorted(missing, key=_bucket_of), key=_bucket_of):
         pending = list(group)
         for start in range(0, len(pending), MOST_RECORDS):
             records: list[tuple[str, np.ndarray]] = []
             for each in pending[start : start + MOST_RECORDS]:
-                data = _proved(job, job.dataset / each.draw.mask_path, each.draw.mask_sha256)
-                mask = pixels.coverage(data, each.source, _crop(each.item), bucket, flip=each.flip)
+                path = job.dataset / each.draw.mask_path
+                data = _proved(job, path, each.draw.mask_sha256)
+                mask = ask.coverage(data, each.source, _crop(each.item), bucket, flip=each.flip, where=str(path))
                 records.append((each.key, mask))
             written |= {row.latent_key: row for row in write_latents(job.store, records, "float32")}
     return written

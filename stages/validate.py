@@ -49,6 +49,9 @@ class Validate:
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Decode everything once; publish nothing when anything is wrong, unless `skip_bad`."""
+        from stages.dataset.decoder import decoders
+
+        decoders(job.config.validate.max_megapixels).start()
         from stages.console.messages import table
         from stages.console.progress import progress
         from stages.dataset.items import build_items

@@ -7,10 +7,8 @@ whole, and the caller decides what a fault means.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,21 +16,18 @@ from pathlib import Path
 import msgspec
 
 from schemas.base import Strict
-from schemas.errors import BadConfig, Fault, RejectedInput, printable
+from schemas.errors import BadConfig, Fault, printable
 from schemas.validate import Repeat, Validate
 from stages.contract.digests import digest_of
 from stages.dataset.buckets import Bucket, choose, fills, shape_fault
 from stages.dataset.captions import TRIGGER, Captions, caption_id, read_captions, with_trigger
+from stages.dataset.decoder import decoders
 from stages.dataset.discover import Discovery, discover
 from stages.dataset.draws import Draw
 from stages.dataset.masks import Mask, find_masks
-from stages.dataset.pixels import Inspected, inspect, plan
+from stages.dataset.pixels import Inspected, plan
 from stages.dataset.statistics import Statistics, histogram, spread
 from stages.dataset.tags import tag_variants
-
-# Pictures handed to the threads at a time: bounds memory and how long Ctrl-C waits.
-WINDOW = 256
-MAX_THREADS = 4
 
 
 class Item(Strict, frozen=True):
@@ -131,12 +126,14 @@ def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], No
     if not found.pictures and not found.refused:
         faults.append(_empty_fault(found))
     good: dict[str, Inspected] = {}
-    for picture, outcome in _look_at_all(folder, found.pictures, config.max_megapixels, on_progress):
+    outcomes = decoders(config.max_megapixels).inspect(folder, found.pictures)
+    for done, (picture, outcome) in enumerate(zip(found.pictures, outcomes, strict=True), 1):
         fault = outcome if isinstance(outcome, Fault) else shape_fault(picture, outcome.width, outcome.height)
         if fault is None and not isinstance(outcome, Fault):
             good[picture] = outcome
         elif fault is not None:
             faults.append(fault)
+        on_progress(done, len(found.pictures))
     texts, trigger_faults = _triggered(captions, config)
     masks, mask_faults = find_masks(folder, found.masks, good, config)
     accepted = [
@@ -160,26 +157,6 @@ def _class_survey(
         [_of_class(fault, beside) for fault in survey.faults],
         [f"{beside}: {line}" for line in survey.warnings],
     )
-
-
-def _look_at_all(
-    folder: Path, pictures: Sequence[str], max_megapixels: float, on_progress: Callable[[int, int], None]
-) -> Iterator[tuple[str, Inspected | Fault]]:
-    def look(picture: str) -> Inspected | Fault:
-        try:
-            return inspect(folder / picture, picture, max_megapixels)
-        except RejectedInput as error:
-            return error.faults[0]
-
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
-    # Set here because filters are shared by all threads; what Pillow warns of is noted or rejected by `inspect`.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.filterwarnings("ignore", module="PIL")
-        for start in range(0, len(pictures), WINDOW):
-            window = pictures[start : start + WINDOW]
-            for done, outcome in enumerate(pool.map(look, window), start + 1):
-                yield pictures[done - 1], outcome
-                on_progress(done, len(pictures))
 
 
 def _of_class(fault: Fault, beside: str) -> Fault:

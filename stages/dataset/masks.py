@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from schemas.errors import Fault, RejectedInput
+from schemas.errors import Fault
 from schemas.validate import Validate
+from stages.dataset.decoder import decoders
 from stages.dataset.discover import masked_by, stem_of
-from stages.dataset.pixels import Inspected, inspect
+from stages.dataset.pixels import Inspected
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def _from_files(
         by_stem[stem_of(path)].append(path)
     masks = dict.fromkeys(pictures, Mask())
     faults: list[Fault] = []
-    for name in files:
+    for name, seen in zip(files, decoders(max_megapixels).inspect(folder, files), strict=True):
         for path in by_stem[masked_by(name)]:
-            outcome = _looked_at(folder, name, pictures[path], max_megapixels)
+            outcome = _fitting(name, seen, pictures[path])
             if isinstance(outcome, Fault):
                 faults.append(outcome)
                 del masks[path]
@@ -58,12 +59,10 @@ def _from_files(
     return masks, faults
 
 
-def _looked_at(folder: Path, name: str, picture: Inspected, max_megapixels: float) -> Mask | Fault:
+def _fitting(name: str, seen: Inspected | Fault, picture: Inspected) -> Mask | Fault:
     """Return the mask in the file `name`, which must be as large as its picture."""
-    try:
-        seen = inspect(folder / name, name, max_megapixels)
-    except RejectedInput as error:
-        return error.faults[0]
+    if isinstance(seen, Fault):
+        return seen
     if (picture.width, picture.height) != (seen.width, seen.height):
         return Fault(
             code="mask.size",

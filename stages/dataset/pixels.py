@@ -6,12 +6,14 @@ be reached whatever a file is named, and the size in the header is checked befor
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import stat
 import struct
 import zlib
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
@@ -76,14 +78,40 @@ def plan(crop: tuple[int, int, int, int], bucket: tuple[int, int], background: s
     return {"version": PLAN_VERSION, "crop": list(crop), "bucket": list(bucket), "background": background}
 
 
-def inspect(path: Path, where: str, max_megapixels: float) -> Inspected:
+def inspect(data: bytes, where: str, max_megapixels: float) -> Inspected:
     """Decode a picture completely and return what it is; `where` names it in errors.
 
-    Raises RejectedInput: unreadable, not a JPEG, PNG or WebP, truncated, damaged, animated or too large.
+    Raises RejectedInput: not a JPEG, PNG or WebP, truncated, damaged, animated or too large.
     """
-    data = read_picture(path, where)
+    with decoder_errors(where):
+        picture = _open(data, where)
+        megapixels = picture.width * picture.height / 1e6
+        if megapixels > max_megapixels:
+            why = f"expected at most {max_megapixels:g} megapixels, found {picture.width} x {picture.height}"
+            fix = "scale it down, or raise validate.max_megapixels"
+            raise _rejected("picture.too_large", "the picture is too large", where, why, fix)
+        if getattr(picture, "is_animated", False):
+            raise _rejected(
+                "picture.animated", "the picture is an animation", where, fix="save one frame of it as PNG"
+            )
+        if not _is_whole(data, str(picture.format)):
+            raise _rejected("picture.truncated", "the picture is cut off", where, "its end is missing")
+        # Only verify checks PNG checksums, only load finds damaged JPEG data; each needs a fresh start.
+        picture.verify()
+        picture = _open(data, where)
+        picture.load()
+        if picture.mode == "CMYK" and "adobe" not in picture.info:
+            why = "without an Adobe marker nothing says whether its colours are inverted"
+            raise _rejected("picture.cmyk", "the colours of this CMYK picture are unknown", where, why)
+        width, height = picture.size if _orientation(picture) not in SIDEWAYS else picture.size[::-1]
+        return Inspected(width, height, sha256_bytes(data), _is_transparent(picture), tuple(_notes(picture, where)))
+
+
+@contextlib.contextmanager
+def decoder_errors(where: str) -> Generator[None]:
+    """Turn whatever a decoder makes of damaged data into a RejectedInput."""
     try:
-        return _inspect_data(data, where, max_megapixels)
+        yield
     except DECODER_ERRORS as error:
         raise _rejected("picture.damaged", "the picture is damaged", where, str(error)) from error
     except MemoryError as error:
@@ -150,28 +178,6 @@ def coverage(
     cells = values.resize((bucket[0] // PATCH_PX, bucket[1] // PATCH_PX), Image.Resampling.BOX, box=crop)
     mask = np.asarray(cells, dtype=np.float32).clip(0, 1)[None]
     return np.ascontiguousarray(mask[:, :, ::-1] if flip else mask)
-
-
-def _inspect_data(data: bytes, where: str, max_megapixels: float) -> Inspected:
-    picture = _open(data, where)
-    megapixels = picture.width * picture.height / 1e6
-    if megapixels > max_megapixels:
-        why = f"expected at most {max_megapixels:g} megapixels, found {picture.width} x {picture.height}"
-        fix = "scale it down, or raise validate.max_megapixels"
-        raise _rejected("picture.too_large", "the picture is too large", where, why, fix)
-    if getattr(picture, "is_animated", False):
-        raise _rejected("picture.animated", "the picture is an animation", where, fix="save one frame of it as PNG")
-    if not _is_whole(data, str(picture.format)):
-        raise _rejected("picture.truncated", "the picture is cut off", where, "its end is missing")
-    # Only verify checks PNG checksums, only load finds damaged JPEG data; each needs a fresh start.
-    picture.verify()
-    picture = _open(data, where)
-    picture.load()
-    if picture.mode == "CMYK" and "adobe" not in picture.info:
-        why = "without an Adobe marker nothing says whether its colours are inverted"
-        raise _rejected("picture.cmyk", "the colours of this CMYK picture are unknown", where, why)
-    width, height = picture.size if _orientation(picture) not in SIDEWAYS else picture.size[::-1]
-    return Inspected(width, height, sha256_bytes(data), _is_transparent(picture), tuple(_notes(picture, where)))
 
 
 def _open(data: bytes, where: str) -> ImageFile:

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from schemas.errors import RejectedInput
 from stages.contract.digests import sha256_bytes
-from stages.dataset.pixels import Inspected, inspect, pixels
+from stages.dataset.pixels import Inspected, inspect, pixels, read_picture
 from tests.dataset.corpus import bilevel_png, chunk, encoded, jpeg, png, raw_png, scene, turned, webp, write
 
 WHOLE = (0, 0, 96, 64)
@@ -22,7 +22,7 @@ LIMIT = 64.0
 
 def look(tmp_path: Path, data: bytes, name: str = "a.png", limit: float = LIMIT) -> Inspected:
     write(tmp_path, {name: data})
-    return inspect(tmp_path / name, name, limit)
+    return inspect(read_picture(tmp_path / name, name), name, limit)
 
 
 def code(tmp_path: Path, data: bytes, limit: float = LIMIT) -> str:
@@ -130,12 +130,12 @@ def test_compressed_text_and_profile_bombs_are_rejected(tmp_path: Path, name: by
 def test_pipe_is_rejected_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(RejectedInput, match=r"file\.not_regular"):
-        inspect(tmp_path / "a.png", "a.png", LIMIT)
+        read_picture(tmp_path / "a.png", "a.png")
 
 
 def test_picture_that_vanished_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(RejectedInput, match=r"picture\.unreadable.*No such file"):
-        inspect(tmp_path / "gone.png", "gone.png", LIMIT)
+        read_picture(tmp_path / "gone.png", "gone.png")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
