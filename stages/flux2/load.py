@@ -7,13 +7,17 @@ module is returned.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, assert_never
+from typing import TYPE_CHECKING, TypeVar, assert_never, cast
 
 import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_flatten
 
+from schemas.quantize import Quantize
 from stages.flux2 import names, shapes, weights
 from stages.flux2.folder import ModelFiles
+from stages.flux2.packing import chosen
+from stages.flux2.quantize import fill
 from stages.flux2.weights import Layout
 
 if TYPE_CHECKING:
@@ -22,13 +26,18 @@ if TYPE_CHECKING:
     from stages.flux2.transformer import Transformer
 
 Part = TypeVar("Part", bound=nn.Module)
+Asked = tuple[Quantize, str]  # how weights are to be held, and the setting that says so
 
 
-def load_transformer(model: ModelFiles, dtype: mx.Dtype) -> Transformer:
-    """Return the transformer with weights of `dtype`. Raises `Damaged` if the files are not exactly it."""
+def load_transformer(model: ModelFiles, dtype: mx.Dtype, quantize: Quantize = "none") -> Transformer:
+    """Return the transformer with weights of `dtype`, but its blocks' as `quantize` says, packed one by one.
+
+    Raises `Damaged` if the files are not exactly it, `BadConfig` if they cannot be held so.
+    """
     from stages.flux2.transformer import Transformer
 
-    return _fill(Transformer(model.variant.transformer), _transformer(model), dtype)
+    module = Transformer(model.variant.transformer)
+    return _fill(module, _transformer(model), dtype, (quantize, "model.quantize"))
 
 
 def load_autoencoder(model: ModelFiles, *, encoder: bool, decoder: bool) -> Autoencoder:
@@ -39,17 +48,21 @@ def load_autoencoder(model: ModelFiles, *, encoder: bool, decoder: bool) -> Auto
     return _fill(module, _autoencoder(model, encoder=encoder, decoder=decoder), mx.float32)
 
 
-def load_text_encoder(model: ModelFiles, dtype: mx.Dtype) -> TextEncoder:
-    """Return the text encoder's layers in use, weights and activations of `dtype`. Raises `Damaged` if not it."""
+def load_text_encoder(model: ModelFiles, dtype: mx.Dtype, quantize: Quantize = "none") -> TextEncoder:
+    """Return the text encoder's layers in use, weights and activations of `dtype`, but weights as `quantize` says.
+
+    Raises `Damaged` if the files are not exactly it, `BadConfig` if they cannot be held so.
+    """
     from stages.flux2.text.mistral3 import Mistral3
     from stages.flux2.text.qwen3 import Qwen3
 
     config = model.variant.text_encoder
+    asked: Asked = (quantize, "encode_text.quantize")
     match config.kind:
         case "qwen3":
-            return _fill(Qwen3(config, dtype), _text_encoder(model), dtype)
+            return _fill(Qwen3(config, dtype), _text_encoder(model), dtype, asked)
         case "mistral3":
-            return _fill(Mistral3(config, dtype), _text_encoder(model), dtype)
+            return _fill(Mistral3(config, dtype), _text_encoder(model), dtype, asked)
     assert_never(config.kind)
 
 
@@ -89,8 +102,8 @@ def _text_encoder(model: ModelFiles) -> Layout:
     return weights.resolve(model.text_encoder, shapes.text_encoder_shapes(config), names.text_encoder(config))
 
 
-def _fill(module: Part, layout: Layout, dtype: mx.Dtype) -> Part:
-    # The module's own random start is never evaluated, so only the weights take memory.
-    module.load_weights(list(weights.load(layout, dtype)), strict=True)
-    mx.eval(module.parameters())
-    return module
+def _fill(module: Part, layout: Layout, dtype: mx.Dtype, asked: Asked = ("none", "")) -> Part:
+    """Return the module with the tensors of the layout."""
+    tensors = cast(dict[str, mx.array], tree_flatten(module.parameters(), destination={}))
+    wanted = chosen({name: array.shape for name, array in tensors.items()}, layout.packed, *asked)
+    return fill(module, weights.load(layout), dtype, found=layout.packed, wanted=wanted)

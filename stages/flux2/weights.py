@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from schemas.errors import Damaged, Fault
+from stages.flux2 import packing
 from stages.flux2.names import Component, Piece
 from stages.flux2.shapes import Shapes, recognise
 from stages.stores.tensors import (
@@ -69,10 +70,14 @@ class Assembly:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every canonical tensor of one component lies; `headers` are those the spans were taken from."""
+    """Where every canonical tensor of one component lies; `headers` are those the spans were taken from.
+
+    Of the modules `packed`, whose matrices the files hold quantized, there are scales and biases beside the weight.
+    """
 
     tensors: dict[str, Assembly]
     headers: dict[Path, Header]
+    packed: dict[str, packing.Format]
 
     @property
     def size(self) -> int:
@@ -109,9 +114,11 @@ def resolve(files: Sequence[Path], expected: Shapes, component: Component) -> La
     # The spelling under which most of the model is there is the one meant.
     pieces = max(component.spellings, key=lambda spelling: _count_present(spelling, expected, found))
     check = _Check(expected, component, found)
-    tensors = {name: check.assemble(name, pieces(name)) for name in expected}
+    tensors: dict[str, Assembly] = {}
+    for name in expected:
+        tensors |= check.assemble(name, pieces(name))
     check.raise_faults(headers)
-    return Layout({name: assembly for name, assembly in tensors.items() if assembly}, headers)
+    return Layout(tensors, headers, check.packed)
 
 
 def digest(layout: Layout, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -137,10 +144,7 @@ def load(layout: Layout, dtype: mx.Dtype | None = None) -> Iterator[tuple[str, m
     """
     with _open(layout) as opened:
         for name, assembly in layout.tensors.items():
-            tensor = _read(opened, assembly)
-            if len(assembly.shape) == 4:
-                tensor = Tensor(tensor.dtype, tensor.data.transpose(0, 2, 3, 1))
-            yield name, to_mlx(tensor, dtype)
+            yield name, to_mlx(_in_mlx(_read(opened, assembly)), dtype)
 
 
 @contextlib.contextmanager
@@ -171,6 +175,10 @@ def _read(opened: Mapping[Path, OpenTensors], assembly: Assembly) -> Tensor:
             data[position : position + len(chunk)] = np.frombuffer(chunk, np.uint8)
             position += len(chunk)
     return Tensor(assembly.dtype, data.view(DTYPES[assembly.dtype]).reshape(assembly.shape))
+
+
+def _in_mlx(tensor: Tensor) -> Tensor:
+    return Tensor(tensor.dtype, tensor.data.transpose(0, 2, 3, 1)) if len(tensor.shape) == 4 else tensor
 
 
 def _check_index(path: Path, headers: Mapping[Path, Header]) -> None:
@@ -225,25 +233,67 @@ class _Check:
         self._missing: list[str] = []
         self._misshapen: list[str] = []
         self._mistyped: list[str] = []
+        self._unreadable: list[str] = []
+        self.packed: dict[str, packing.Format] = {}
 
-    def assemble(self, name: str, pieces: tuple[Piece, ...]) -> Assembly | None:
-        """Return the canonical tensor made of `pieces`, or None after noting what is wrong with it."""
-        self._used |= {piece.name for piece in pieces}
-        absent = [piece.name for piece in pieces if piece.name not in self._found]
-        if absent:
-            self._missing += absent
-            return None
+    def assemble(self, name: str, pieces: tuple[Piece, ...]) -> dict[str, Assembly]:
+        """Return the canonical tensor made of `pieces`, and those it is unpacked with where files hold it packed.
+
+        Nothing after noting that a piece is missing.
+        """
+        entries = self._entries(pieces)
+        if len(entries) < len(pieces):
+            return {}
         shape = self._expected[name]
-        entries = [self._found[piece.name].entry for piece in pieces]
+        if {entry.dtype for entry in entries} != {packing.WORDS}:
+            return {name: self._assembled(name, (shape, WEIGHT_DTYPES), pieces)}
+        form = self._form(shape, pieces, entries)
+        if form is None:
+            self._unreadable.append(name)
+            return {}
+        module = name.removesuffix(".weight")
+        self.packed[module] = form
+        return {
+            f"{module}.{part}": self._assembled(f"{module}.{part}", expected, _beside(pieces, part))
+            for part, expected in form.tensors(shape).items()
+        }
+
+    def _entries(self, pieces: tuple[Piece, ...]) -> list[Entry]:
+        """Return the entries of the pieces that are there; note the missing."""
+        self._used |= {piece.name for piece in pieces}
+        self._missing += [piece.name for piece in pieces if piece.name not in self._found]
+        return [self._found[piece.name].entry for piece in pieces if piece.name in self._found]
+
+    def _form(self, shape: tuple[int, ...], pieces: tuple[Piece, ...], entries: list[Entry]) -> packing.Format | None:
+        """Return how a packed matrix is held; None where what lies beside it does not make it one."""
+        beside = [_beside(pieces, part) for part in ("scales", "biases")]
+        self._used |= {piece.name for each in beside for piece in each}
+        scales, biases = (
+            [self._found[piece.name].entry for piece in each if piece.name in self._found] for each in beside
+        )
+        matrices = all(len(each) == 2 for each in (shape, *(entry.shape for entry in (*entries, *scales))))
+        if not matrices or len(scales) != len(pieces) or len(biases) not in (0, len(pieces)):
+            return None
+        forms = {
+            packing.recognise(shape[1], entry.shape[1], (scale.dtype, scale.shape[1]), biases=bool(biases))
+            for entry, scale in zip(entries, scales, strict=True)
+        }
+        return forms.pop() if len(forms) == 1 else None
+
+    def _assembled(
+        self, name: str, expected: tuple[tuple[int, ...], tuple[str, ...]], pieces: tuple[Piece, ...]
+    ) -> Assembly:
+        """Return a tensor made of pieces that are there, after noting what is not `expected`: shape and types."""
+        shape, types = expected
+        entries = self._entries(pieces)
         for piece, entry in zip(pieces, entries, strict=True):
             whole = (shape[0] // len(pieces) * piece.of, *shape[1:])
             if not _same_matrix(entry.shape, whole):
                 self._misshapen.append(f"{piece.name} {list(entry.shape)} instead of {list(whole)}")
-        types = {entry.dtype for entry in entries}
-        if len(types) > 1 or not types <= set(WEIGHT_DTYPES):
-            self._mistyped.append(f"{name} {' and '.join(sorted(types))}")
-        spans = tuple(_span(self._found[piece.name], piece) for piece in pieces)
-        return Assembly(entries[0].dtype, shape, spans)
+        found = {entry.dtype for entry in entries}
+        if len(found) > 1 or not found <= set(types):
+            self._mistyped.append(f"{name} {' and '.join(sorted(found))}")
+        return Assembly(entries[0].dtype, shape, tuple(_span(self._found[piece.name], piece) for piece in pieces))
 
     def raise_faults(self, headers: Mapping[Path, Header]) -> None:
         """Raise one `Damaged` that lists all differences, if there are any."""
@@ -253,6 +303,11 @@ class _Check:
             ("shape", self._misshapen, "of another shape"),
             ("extra", extra, "not part of the model"),
             ("dtype", self._mistyped, f"not of one type out of {', '.join(WEIGHT_DTYPES)}"),
+            (
+                "packed",
+                self._unreadable,
+                "packed otherwise than MLX packs matrices, with scales and biases beside them",
+            ),
         )
         looks = recognise({name: one.entry.shape for name, one in self._found.items()})
         faults = [
@@ -274,6 +329,11 @@ class _Check:
 def _same_matrix(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     # A 1x1 convolution [C, C, 1, 1] is the matrix [C, C]: the autoencoder's attention is written both ways.
     return found == expected or (len(expected) == 2 and found == (*expected, 1, 1))
+
+
+def _beside(pieces: tuple[Piece, ...], part: str) -> tuple[Piece, ...]:
+    """Return the pieces of what a packed matrix is unpacked with."""
+    return tuple(replace(piece, name=f"{piece.name.removesuffix('weight')}{part}") for piece in pieces)
 
 
 def _span(found: _Found, piece: Piece) -> Span:

@@ -11,6 +11,7 @@ import pytest
 from schemas.errors import Damaged
 from stages.flux2 import names, shapes, weights
 from stages.flux2.names import Component, Piece
+from stages.flux2.packing import FORMATS, Format
 from stages.flux2.shapes import Shapes
 from stages.flux2.variants import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from stages.stores import tensors
@@ -283,3 +284,76 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
     weights.digest(layout, done.append)
     assert sum(done) == layout.size == sum(tensor.data.nbytes for tensor in CANONICAL.values())
     assert len(done) == len(CANONICAL)
+
+
+MATRIX = {"single_blocks.0.linear1.weight": (12, 128), "double_blocks.0.img_attn.qkv.weight": (6, 64)}
+FUSED = Component(
+    plain=lambda name: name,
+    spellings=(
+        names.canonical_pieces,
+        lambda name: tuple(Piece(f"{part}.weight") for part in "qkv") if "qkv" in name else (Piece(name),),
+    ),
+    unused=lambda _: False,
+)
+
+
+def packed_file(form: Format) -> File:
+    """The matrices of MATRIX as MLX packs them, q, k and v apart."""
+    random = mx.random.normal((30, 128), key=mx.random.key(1)).astype(mx.bfloat16)
+    matrices = {"single_blocks.0.linear1": random[:12]} | {
+        part: random[12 + 2 * i : 14 + 2 * i, :64] for i, part in enumerate("qkv")
+    }
+    packed = {
+        name: mx.quantize(matrix, form.group_size, form.bits, mode=form.mode) for name, matrix in matrices.items()
+    }
+    return {
+        f"{name}.{part}": tensors.from_mlx(array)
+        for name, parts in packed.items()
+        for part, array in zip(form.parts, parts, strict=True)
+    }
+
+
+@pytest.mark.parametrize("form", [*FORMATS.values(), Format("affine", 6, 32)])
+def test_packed_matrices_are_found_with_their_format_and_stacked_by_rows(tmp_path: Path, form: Format) -> None:
+    file = packed_file(form)
+    layout = resolve(write(tmp_path, file), MATRIX, FUSED)
+    assert layout.packed == {"single_blocks.0.linear1": form, "double_blocks.0.img_attn.qkv": form}
+    loaded = dict(weights.load(layout))
+    assert len(loaded) == 2 * len(form.parts)
+    for part in form.parts:
+        stacked = mx.concatenate([tensors.to_mlx(file[f"{piece}.{part}"]) for piece in "qkv"])
+        assert mx.array_equal(loaded[f"double_blocks.0.img_attn.qkv.{part}"], stacked).item()
+
+
+@pytest.mark.parametrize("part", FORMATS["4bit"].parts)
+def test_digest_moves_with_every_part_of_a_packed_matrix(tmp_path: Path, part: str) -> None:
+    file = packed_file(FORMATS["4bit"])
+    before = weights.digest(resolve(write(tmp_path, file), MATRIX, FUSED))
+    data = file[f"k.{part}"].data.copy()
+    data.reshape(-1)[0] ^= 1
+    changed = file | {f"k.{part}": Tensor(file[f"k.{part}"].dtype, data)}
+    assert weights.digest(resolve(write(tmp_path, changed), MATRIX, FUSED)) != before
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+def test_packed_matrix_without_what_unpacks_it_is_refused(tmp_path: Path, part: str) -> None:
+    file = {name: tensor for name, tensor in packed_file(FORMATS["8bit"]).items() if name != f"k.{part}"}
+    with pytest.raises(
+        Damaged, match=r"1 tensors are packed otherwise .*; double_blocks\.0\.img_attn\.qkv\.weight\. fix"
+    ):
+        resolve(write(tmp_path, file), MATRIX, FUSED)
+
+
+def test_pieces_packed_in_two_ways_are_refused(tmp_path: Path) -> None:
+    eight = {name: tensor for name, tensor in packed_file(FORMATS["8bit"]).items() if name.startswith("k.")}
+    with pytest.raises(
+        Damaged, match=r"1 tensors are packed otherwise .*; double_blocks\.0\.img_attn\.qkv\.weight\. fix"
+    ):
+        resolve(write(tmp_path, packed_file(FORMATS["4bit"]) | eight), MATRIX, FUSED)
+
+
+def test_scales_of_too_few_rows_are_refused(tmp_path: Path) -> None:
+    file = packed_file(FORMATS["mxfp8"])
+    name = "single_blocks.0.linear1.scales"
+    with pytest.raises(Damaged, match=r"weights\.shape.*linear1\.scales \[11, 4\] instead of \[12, 4\]"):
+        resolve(write(tmp_path, file | {name: Tensor("U8", file[name].data[:-1])}), MATRIX, FUSED)
