@@ -105,14 +105,21 @@ def _write_part(path: Path, part: Part, embeddings: Sequence[np.ndarray]) -> Non
     from pyarrow import parquet
 
     schema = arrow_schema(EMBEDDING_PART)
+    # Pads on the left are one row hundreds of times: of dev 9 MB in 10, and read faster so. Other embeddings would
+    # shrink by a fifth at three times the cost.
+    compression = "zstd" if any(_repeats(embedding) for embedding in embeddings) else "none"
     with parquet.ParquetWriter(
-        path, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+        path, schema, compression=compression, use_dictionary=False, write_statistics=False, write_page_checksum=True
     ) as writer:
         for record, embedding in zip(part.records, embeddings, strict=True):
             row = {"embedding_key": [record.key], "data": [raw_bytes(embedding, part.dtype)]}
             writer.write_table(pa.table(row, schema=schema))
         writer.add_key_value_metadata({CONTENT: canonical_json(part)})
     seal(path)
+
+
+def _repeats(embedding: np.ndarray) -> bool:
+    return len(embedding) > 1 and np.array_equal(embedding[0], embedding[1])
 
 
 def fragment_files(store: Path, fragment: str) -> list[Path]:

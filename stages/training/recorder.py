@@ -34,6 +34,7 @@ from stages.training.checkpoints import (
     write_checkpoint,
 )
 from stages.training.loop import Line
+from stages.training.objective import TRAINING_GUIDANCE
 from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
 from stages.training.profile import DRAW, VALIDATE, Profile
 from stages.training.rotation import rotate
@@ -172,13 +173,16 @@ class Recorder:
 
 def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:
     """What the LoRA file says of how it was made: settings and digests, no path or name of a person."""
+    variant = model_of(job).variant
+    guidance = {"training_guidance": str(TRAINING_GUIDANCE)} if variant.transformer.guidance_embeds else {}
     inputs = {name: digest for name, digest in plan.inputs.items() if name not in ("transformer", ROLE)}
     return {
         "software": f"flux2-lora {VERSION}",
-        "base_model": model_of(job).variant.name,
+        "base_model": variant.name,
         "base_model_digest": plan.inputs["transformer"],
         "dataset_digest": digest_of("training-data", inputs),
         "trajectory": trajectory_of(plan.params, plan.inputs),
         "step": str(step),
+        **guidance,
         "config": canonical_json(plan.params).decode(),
     }

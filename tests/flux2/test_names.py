@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from math import prod
@@ -100,15 +101,35 @@ def test_qwen3_is_the_first_27_layers_of_the_reference_table(golden_name: str, c
     assert len(expected) == 1 + 27 * 11
 
 
-def test_mistral_is_the_first_30_layers_of_the_reference_table() -> None:
+def older(name: str) -> str:
+    """Spell a name of Mistral as transformers 4 did; the table is of transformers 5."""
+    name = name.removeprefix("model.")
+    name = re.sub(r"^language_model\.", "language_model.model.", name)
+    return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+
+
+@pytest.mark.parametrize("spelling", [str, older])
+def test_mistral_is_the_first_30_layers_of_the_reference_table(spelling: Callable[[str], str]) -> None:
     component = names.text_encoder(MISTRAL_24B)
     table = {
-        component.plain(name): shape
+        component.plain(spelling(name)): shape
         for name, shape in golden(GOLDEN["text_encoder"]["mistral-small-3.2-24b"]).items()
     }
-    assert {name: shape for name, shape in table.items() if not component.unused(name)} == shapes.text_encoder_shapes(
-        MISTRAL_24B
-    )
+    expected = shapes.text_encoder_shapes(MISTRAL_24B)
+    assert {name: shape for name, shape in table.items() if not component.unused(name)} == expected
+    assert len(expected) == 1 + 30 * 9
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen3-4b", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("mistral-small-3.2-24b", 24_011_361_280)],
+)
+def test_reference_tables_of_text_encoders_are_whole(name: str, parameters: int) -> None:
+    table = golden(GOLDEN["text_encoder"][name])
+    if name == "qwen3-4b":
+        # Its head is its embedding.
+        table.pop("lm_head.weight", None)
+    assert sum(prod(shape) for shape in table.values()) == parameters
 
 
 def test_both_wrappings_of_a_language_model_are_undone() -> None:

@@ -95,6 +95,22 @@ def test_plain_parquet_reads_a_part(store: Path, rows: list[EmbeddingRow]):
     assert table["data"].to_pylist() == [embedding.tobytes() for _, _, embedding in embeddings(5)]
 
 
+def test_rows_that_repeat_take_no_room_and_are_whole_to_any_reader(store: Path):
+    from pyarrow import parquet
+
+    own = np.random.default_rng(0).standard_normal((40, 1024), dtype=np.float32)
+    padded = np.concatenate([np.broadcast_to(own[:1], (472, 1024)), own])
+    [row] = write_embeddings(store, [("key", 40, padded)], "float32")
+    path = part_of(store, [row])
+    assert path.stat().st_size < 1.1 * own.nbytes < padded.nbytes / 10
+    assert np.array_equal(EmbeddingReader([store]).read(row), padded)
+    assert parquet.read_table(path)["data"].to_pylist() == [padded.tobytes()]
+    reader = EmbeddingReader([store])
+    for _ in flipped_bits(path, 200):
+        with pytest.raises(Damaged):
+            reader.read(row)
+
+
 def test_two_stores_hold_the_same_bytes(tmp_path: Path):
     digests = []
     for name in ("one", "two"):
