@@ -101,10 +101,10 @@ def made_of(job: Job, found: Sequence[Checkpoint], sigma_rel: float) -> dict[str
 
 def write(job: Job, tensors: Mapping[str, Tensor], about: Mapping[str, str], target: Path) -> None:
     """Write the LoRA file, whole or not at all."""
-    from stages.stores.tensors import save
+    from stages.stores.tensors import described, save
 
     with workspace(job.store) as space:
-        save(space / target.name, tensors, about)
+        save(space / target.name, tensors, described(tensors, about))
         write_file(target, (space / target.name).read_bytes())
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 
 from schemas.base import Strict
-from schemas.errors import Damaged
+from schemas.errors import Damaged, Stale
 from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
 from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes, sha256_file
 from stages.contract.publish import no_resources, write_file
@@ -108,7 +108,7 @@ def _self_digest(manifest: Manifest) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest in `folder`, strictly parsed and proved by its own digest.
 
-    Raises Damaged when it is absent, malformed, or not what it says it is.
+    Raises Damaged when it is absent, malformed, or not what it says it is, Stale when another version wrote it.
     """
     path = folder / MANIFEST
     fix = "delete that folder and run the stage again"
@@ -122,19 +122,37 @@ def read_manifest(folder: Path) -> Manifest:
     # The bytes as well: another spacing or a name twice is no manifest that was written here.
     if manifest.self_digest != _self_digest(manifest) or data != _written(manifest):
         raise Damaged("manifest.altered", "the manifest does not match its own digest", where=str(path), fix=fix)
+    if manifest.contract != CONTRACT_VERSION:
+        raise Stale(
+            "manifest.version",
+            "the artifact was made by another version of this program",
+            where=str(path),
+            why=f"expected contract {CONTRACT_VERSION}, found {manifest.contract}",
+            fix="use that version, or another store",
+        )
+    if outside := [name for name in (*manifest.files, *manifest.fragments) if not _stays_inside(name)]:
+        raise Damaged(
+            "manifest.path", "a file outside the store", where=str(path), why=f"found {outside[0]!r}", fix=fix
+        )
     if manifest.key != artifact_key(manifest.stage, manifest.version, Plan(manifest.params, manifest.inputs)):
         raise Damaged(
             "manifest.key", "the key does not follow from what the manifest lists", where=str(path), fix=fix
         )
-    if folder.name != manifest.key:
+    if (folder.parent.name, folder.name) != (manifest.stage, manifest.key):
         raise Damaged(
             "manifest.misplaced",
             "the folder is not named by the key",
             where=str(folder),
-            why=f"expected {manifest.key}",
+            why=f"expected {manifest.stage}/{manifest.key}",
             fix=fix,
         )
     return manifest
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a path from a manifest is one below its folder, spelled the one way this program spells it."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."
 
 
 def missing_files(manifest: Manifest, folder: Path, stores: Sequence[Path]) -> list[str]:

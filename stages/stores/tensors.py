@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 CHUNK_BYTES = 1 << 22
+TENSOR_DIGEST = "tensor_digest"
 # What MLX can hold without changing a value: no 64-bit and no 8-bit floats.
 MLX_DTYPES = {
     "BOOL": "bool_",
@@ -168,6 +169,11 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         (name, tensor.dtype, tensor.shape, hashlib.sha256(_bytes(tensor)).hexdigest())
         for name, tensor in tensors.items()
     )
+
+
+def described(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return a file's metadata with the digest of its tensors: what tells a changed file by itself."""
+    return {**metadata, TENSOR_DIGEST: tensor_digest(tensors)}
 
 
 def list_digest(rows: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -106,15 +106,15 @@ class Snapshot:
 
 def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkpoint:
     """Publish a checkpoint and return it; an equal one that is there already stays."""
-    from stages.stores.tensors import save, tensor_digest
+    from stages.stores.tensors import described, save, tensor_digest
 
     with workspace(store) as space:
         work = space / "checkpoint"
         work.mkdir()
         save(work / STATE, snapshot.state, {})
-        save(work / LORA, snapshot.lora, snapshot.metadata)
+        save(work / LORA, snapshot.lora, described(snapshot.lora, snapshot.metadata))
         if snapshot.ema is not None:
-            save(work / EMA, snapshot.ema, snapshot.metadata)
+            save(work / EMA, snapshot.ema, described(snapshot.ema, snapshot.metadata))
         (work / METRICS).write_bytes(metrics_lines(snapshot.metrics))
         manifest = CheckpointManifest(
             contract=CONTRACT_VERSION,
@@ -127,7 +127,7 @@ def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkp
             ema=None if snapshot.ema is None else tensor_digest(snapshot.ema),
         )
         manifest = msgspec.structs.replace(manifest, self_digest=_self_digest(manifest))
-        (work / MANIFEST).write_bytes(msgspec.json.format(canonical_json(manifest)) + b"\n")
+        (work / MANIFEST).write_bytes(_written(manifest))
         folder = trajectory_folder(store, trajectory) / str(snapshot.step)
         publish_folder(work, folder)
     return Checkpoint(folder, manifest)
@@ -202,15 +202,21 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
     path = folder / MANIFEST
     fix = "delete that folder; training resumes from the checkpoint before"
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=CheckpointManifest)
+        data = path.read_bytes()
+        manifest = msgspec.json.decode(data, type=CheckpointManifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Damaged(
             "checkpoint.unreadable", "no readable manifest", where=str(path), why=str(error), fix=fix
         ) from error
     names = (str(manifest.step), manifest.trajectory)
-    if manifest.self_digest != _self_digest(manifest) or names != (folder.name, folder.parent.name):
+    sound = manifest.self_digest == _self_digest(manifest) and data == _written(manifest)
+    if not sound or names != (folder.name, folder.parent.name):
         raise Damaged("checkpoint.altered", "the manifest is not what it says", where=str(path), fix=fix)
     return manifest
+
+
+def _written(manifest: CheckpointManifest) -> bytes:
+    return msgspec.json.format(canonical_json(manifest)) + b"\n"
 
 
 def _self_digest(manifest: CheckpointManifest) -> str:

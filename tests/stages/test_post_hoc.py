@@ -87,6 +87,8 @@ def test_file_says_how_it_was_made_and_is_of_the_usual_format(trained: Project) 
     }
     how = found.metadata.pop("post_hoc_ema")
     assert msgspec.json.decode(how) == {"sigma_rel": 0.1, "steps": [2, 4, 6]}
+    assert found.metadata.pop("tensor_digest") == tensor_digest(found.tensors)
+    assert usual.metadata.pop("tensor_digest") == tensor_digest(usual.tensors)
     assert found.metadata == usual.metadata
 
 

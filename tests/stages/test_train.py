@@ -195,12 +195,12 @@ def test_damaged_artifact_never_overwrites_a_whole_result(done: Project) -> None
     lora = done.lora.read_bytes()
     [folder] = (done.store / "train").iterdir()
     flip(folder / "lora.safetensors")
-    refused = done.run("train")
-    assert refused.code == 4
-    assert refused.result["error"]["fix"].endswith("--force")
+    refused = done.run("preview")
+    assert (refused.code, refused.error) == (4, "file.changed")
     assert done.lora.read_bytes() == lora
-    assert done.run("train", "--force", sets=("train.steps=8",)).code == 0
-    assert (folder / "lora.safetensors").read_bytes() == lora
+    healed = done.run("train")
+    assert (healed.code, healed.status, healed.counts["resumed_from"]) == (0, "built", 8)
+    assert (folder / "lora.safetensors").read_bytes() == done.lora.read_bytes() == lora
 
 
 def test_lora_file_is_what_others_load_and_says_how_it_was_made(unbroken: Project) -> None:
