@@ -43,6 +43,8 @@ HELPERS = {
     "timesteps": "Show which noise levels a configuration trains.",
     "find-lr": "Try rising learning rates on the cached latents, and suggest one.",
     "ema": "Average the checkpoints of a training into one LoRA.",
+    "report": "Make one page about a run: previews, curves, dataset, settings.",
+    "compare": "Make one page of several runs side by side.",
     "control": "Ask a training under way to pause, go on, stop, save or draw.",
     "bench": "Measure training steps on this machine, with random weights.",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import click
 import msgspec
 
 from schemas.control import ACTIONS, Action
-from schemas.errors import BadConfig
 from schemas.manifest import Result
 from stages.console import messages
+from stages.console.invocation import run_folder
 from stages.training.control import ask
 
 HELP = """Ask a training under way to do something between two steps; wait until it says what it did.
@@ -41,7 +40,7 @@ Example:
 def COMMAND(run: str, action: Action, runs: Path, *, as_json: bool) -> int:
     """Be the `control` command."""
     started = time.monotonic()
-    answer = ask(_run_folder(runs, run), action, messages.say)
+    answer = ask(run_folder(runs, run), action, messages.say)
     messages.say(answer.said)
     if as_json:
         result = Result(
@@ -56,18 +55,3 @@ def COMMAND(run: str, action: Action, runs: Path, *, as_json: bool) -> int:
         )
         messages.result(msgspec.json.encode(result))
     return 0
-
-
-def _run_folder(runs: Path, run: str) -> Path:
-    """Return the run's folder. Raises BadConfig, naming those there are."""
-    names = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
-    if run in names:
-        return runs / run
-    near = difflib.get_close_matches(run, names, n=1)
-    raise BadConfig(
-        "control.unknown_run",
-        f"there is no run {run}",
-        where=str(runs),
-        why=f"there are {', '.join(names) or 'none'}",
-        fix=f"did you mean {near[0]}?" if near else "name one of them, or the folder of results with --runs",
-    )

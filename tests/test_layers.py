@@ -21,6 +21,7 @@ ROOMS = {
     "cli": 0,
     "verb": 1,
     "pretraining": 1.5,
+    "pages": 1.5,
     "training": 2,
     "lora": 3,
     "flux2": 4,
@@ -28,6 +29,7 @@ ROOMS = {
     "dataset": 4,
     "console": 4,
     "stores": 5,
+    "hub": 5,
     "contract": 6,
     "schemas": 7,
 }
@@ -36,12 +38,12 @@ MLX = re.compile(r"stages/(flux2|lora|pretraining|training|world)/.*|stages/stor
 # Inside the functions of verbs that compute, too.
 MLX_IN_FUNCTIONS = re.compile(r"stages/[a-z_]+\.py")
 TABLES = re.compile(r"stages/stores/.*|schemas/tables\.py")
-PICTURES = re.compile(r"stages/dataset/.*|stages/console/charts\.py|stages/training/previews\.py")
+PICTURES = re.compile(r"stages/dataset/.*|stages/console/charts\.py|stages/training/previews\.py|stages/pages/.*")
 LIBRARIES = {"mlx": MLX, "zarr": TABLES, "pyarrow": TABLES, "PIL": PICTURES}
-LAZY = {"zarr", "pyarrow", "matplotlib", "rich", "tokenizers"}
+LAZY = {"zarr", "pyarrow", "matplotlib", "rich", "tokenizers", "jinja2"}
 # Reference implementations and their like: for recording golden values, never at run time.
 NEVER = {"torch", "diffusers", "transformers", "peft", "tensorflow", "jax", "pandas", "scipy"}
-HEAVY = ["numpy", "mlx", "pyarrow", "zarr", "PIL", "rich", "matplotlib", "tokenizers"]
+HEAVY = ["numpy", "mlx", "pyarrow", "zarr", "PIL", "rich", "matplotlib", "tokenizers", "jinja2"]
 MOST_LINES = 400
 MOST_FUNCTION_LINES = 50
 MOST_PARAMETERS = 6

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import click
 
+from schemas.errors import BadConfig
 from stages.console import messages
 from stages.contract.config import load_config
 from stages.contract.job import Flags, Job
@@ -49,4 +51,19 @@ def job_of(options: dict[str, Any]) -> Job:
         flags=Flags(**{name: options[name] for name in Flags.__dataclass_fields__ if name in options}),
         say=messages.say,
         warn=messages.warn,
+    )
+
+
+def run_folder(runs: Path, run: str) -> Path:
+    """Return the folder of a run that has begun. Raises BadConfig, naming those there are."""
+    names = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+    if run in names:
+        return runs / run
+    near = difflib.get_close_matches(run, names, n=1)
+    raise BadConfig(
+        "run.unknown",
+        f"there is no run {run}",
+        where=str(runs),
+        why=f"there are {', '.join(names) or 'none'}",
+        fix=f"did you mean {near[0]}?" if near else "name one of them, or the folder of results with --runs",
     )

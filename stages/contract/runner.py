@@ -260,7 +260,7 @@ def _explain(stage: Stage, job: Job, plan: Plan, key: str) -> None:
 
 def differences(params: Mapping[str, object], inputs: Mapping[str, object], plan: Plan) -> list[str]:
     """Return one line `name: old -> new` for each setting and input of `plan` that differs from those given."""
-    old, new = _flat({**params, **inputs}), _flat({**plan.params, **plan.inputs})
+    old, new = flattened({**params, **inputs}), flattened({**plan.params, **plan.inputs})
     return [
         f"{name}: {_short(old.get(name, 'absent'))} -> {_short(new.get(name, 'absent'))}"
         for name in sorted({*old, *new})
@@ -268,12 +268,12 @@ def differences(params: Mapping[str, object], inputs: Mapping[str, object], plan
     ]
 
 
-def _flat(values: Mapping[str, object]) -> dict[str, object]:
+def flattened(values: Mapping[str, object]) -> dict[str, object]:
     """Return nested tables as dotted names, everything as plain JSON values."""
     flat: dict[str, object] = {}
     for name, value in msgspec.to_builtins(values).items():
         if isinstance(value, dict):
-            inner = _flat(cast("dict[str, object]", value))
+            inner = flattened(cast("dict[str, object]", value))
             flat.update({f"{name}.{key}": each for key, each in inner.items()})
         else:
             flat[name] = list(cast("tuple[object, ...]", value)) if isinstance(value, tuple) else value

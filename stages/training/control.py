@@ -86,14 +86,14 @@ def ask(run_folder: Path, action: Action, waiting: Callable[[str], None]) -> Ans
 
     Raises BadConfig when no training is under way there, or it ends without an answer.
     """
-    holder = _holder(run_folder)
+    holder = who_trains(run_folder)
     if holder is None:
         raise _nobody("no training is under way in this run", run_folder)
     request = Request(action=action, id=uuid.uuid4().hex)
     asked, answered = run_folder / results.CONTROL_REQUEST, run_folder / results.CONTROL_ANSWER
     waiting(f"asking {holder} to {action}; it answers between two steps")
     while True:
-        there = _holder(run_folder) is not None
+        there = who_trains(run_folder) is not None
         # Read after that look: an answer given just before the training ended is found.
         answer = _read(answered)
         if answer is not None and answer.id == request.id:
@@ -107,7 +107,7 @@ def ask(run_folder: Path, action: Action, waiting: Callable[[str], None]) -> Ans
         time.sleep(LOOK_SECONDS / 5)
 
 
-def _holder(run_folder: Path) -> str | None:
+def who_trains(run_folder: Path) -> str | None:
     """Return the process that trains there; None when there is none."""
     lock = run_folder / results.CONTROL_LOCK
     if not lock.is_file():

@@ -108,7 +108,7 @@ def test_training_in_another_process_pauses_goes_on_and_stops(untrained: Project
 def test_run_that_is_not_there_or_not_training_is_named(untrained: Project) -> None:
     unknown = control(untrained, "pause", run="cta")
     assert unknown.returncode == 2
-    assert "error[control.unknown_run] there is no run cta" in unknown.stderr
+    assert "error[run.unknown] there is no run cta" in unknown.stderr
     assert "fix: did you mean cat?" in unknown.stderr
     idle = control(untrained, "pause")
     assert idle.returncode == 2
