@@ -28,9 +28,13 @@ class Run(Strict, frozen=True):
 
 
 class Model(Strict, frozen=True):
-    """`[model]`: where the weights come from. A path is relative to the configuration file."""
+    """`[model]`: where the weights come from. A path is relative to the configuration file.
+
+    `revision` is a branch, tag or commit of a model from the hub.
+    """
 
     source: str = "flux2-micro"
+    revision: Annotated[str, Meta(min_length=1, max_length=256)] = "main"
     variant: Literal["auto", "klein-base-4b", "klein-4b", "klein-base-9b", "klein-9b", "dev", "flux2-micro"] = "auto"
     transformer: str | None = None
     autoencoder: str | None = None

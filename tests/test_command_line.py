@@ -31,7 +31,7 @@ OPTIONS = {
     "run": "pictures --model --trigger --output -o --max-steps --save-every-n-steps --resolution --rank "
     "--learning-rate --batch-size --seed --validation-prompt --validation-seed --validation-size "
     "--store --runs --json --quiet -q --debug",
-    "fetch": "model --revision --debug",
+    "fetch": "model --revision --json --quiet --debug",
     "timesteps": "--config -c --set --runs --draws --json --debug",
     "control": "run action --runs --json --debug",
     "find-lr": "--config -c --set --store --also --runs --lowest --highest --steps --output -o "

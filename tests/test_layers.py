@@ -30,6 +30,7 @@ ROOMS = {
     "console": 4,
     "stores": 5,
     "hub": 5,
+    "hub": 5,
     "contract": 6,
     "schemas": 7,
 }

@@ -6,7 +6,6 @@ On the fast path of every stage: only JSON is read, nothing heavy is imported.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,17 +17,19 @@ from schemas.errors import BadConfig, Damaged, Fault, NoResources
 from schemas.run import Model
 from stages.flux2 import configs
 from stages.flux2.variants import MICRO, VARIANTS, Variant
+from stages.hub import cache
 
 BUILT_IN = (MICRO.name,)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-REVISION = re.compile(r"[A-Za-z0-9][\w.-]*")
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on this machine. A part's files are safetensors, after their index where they are shards."""
+    """A model on this machine. A part's files are safetensors, after their index where they are shards.
+
+    `commit` is that of a model from the hub.
+    """
 
     variant: Variant
     transformer: tuple[Path, ...]
@@ -36,6 +37,7 @@ class ModelFiles:
     text_encoder: tuple[Path, ...]
     tokenizer: Path
     source: str
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class _Places:
     """Where each part lies: a file, or a folder with weights and perhaps a config.json."""
 
     root: Path | None
+    commit: str | None
     transformer: Path
     autoencoder: Path
     text_encoder: Path
@@ -71,6 +74,7 @@ def open_model(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> M
             text_encoder=_weights(places.text_encoder),
             tokenizer=_tokenizer(places.tokenizer),
             source=spec.source,
+            commit=places.commit,
         )
     except OSError as error:
         raise NoResources(
@@ -100,17 +104,10 @@ def require_trainable(model: ModelFiles, *, allow_distilled: bool) -> None:
     )
 
 
-def hub_cache() -> Path:
-    """Return the folder the Hugging Face tools keep downloads in, as they find it themselves."""
-    for variable, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")):
-        if folder := os.environ.get(variable):
-            return Path(folder).expanduser() / below
-    return Path.home() / ".cache" / "huggingface" / "hub"
-
-
 def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Places:
     given = (spec.transformer, spec.autoencoder, spec.text_encoder, spec.tokenizer)
-    root = None if all(given) else _root(spec.source, base_dir, builtin)
+    found = None if all(given) else _root(spec, base_dir, builtin)
+    root = found.folder if isinstance(found, cache.Snapshot) else found
 
     def place(override: str | None, below: str) -> Path:
         if override is None:
@@ -125,6 +122,7 @@ def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Pla
 
     return _Places(
         root=root,
+        commit=found.commit if isinstance(found, cache.Snapshot) else None,
         transformer=place(spec.transformer, "transformer"),
         autoencoder=place(spec.autoencoder, "vae"),
         text_encoder=place(spec.text_encoder, "text_encoder"),
@@ -132,10 +130,18 @@ def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Pla
     )
 
 
-def _root(source: str, base_dir: Path, builtin: Callable[[str], Path]) -> Path:
+def _root(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> Path | cache.Snapshot:
+    source, folder = spec.source, base_dir / Path(spec.source).expanduser()
+    if spec.revision != cache.MAIN and (source in BUILT_IN or folder.exists()):
+        raise BadConfig(
+            "model.revision",
+            "only a model from the hub has revisions",
+            where=f"model.revision = {spec.revision}",
+            why=f"model.source is {source}",
+            fix="leave out model.revision",
+        )
     if source in BUILT_IN:
         return builtin(source)
-    folder = base_dir / Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -145,8 +151,8 @@ def _root(source: str, base_dir: Path, builtin: Callable[[str], Path]) -> Path:
             where=str(folder),
             fix=f'set model.transformer = "{source}" and model.variant; model.source gives the other parts',
         )
-    if HUB_ID.fullmatch(source):
-        return _snapshot(source)
+    if cache.HUB_ID.fullmatch(source):
+        return _snapshot(source, spec.revision)
     if re.fullmatch(r"[\w.-]+", source) and not source.startswith("."):
         known = [*BUILT_IN, *(row.hub_id for row in VARIANTS.values() if row.hub_id)]
         raise BadConfig(
@@ -161,23 +167,18 @@ def _root(source: str, base_dir: Path, builtin: Callable[[str], Path]) -> Path:
     )
 
 
-def _snapshot(hub_id: str) -> Path:
-    cache = hub_cache()
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    try:
-        revision = (repository / "refs" / "main").read_text("utf-8").strip()
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
-        revision = ""
-    snapshot = repository / "snapshots" / revision
-    if not REVISION.fullmatch(revision) or not snapshot.is_dir():
+def _snapshot(hub_id: str, revision: str) -> cache.Snapshot:
+    found = cache.find_snapshot(hub_id, revision)
+    if found is None:
+        named = "" if revision == cache.MAIN else f" --revision {revision}"
         raise NoResources(
             "model.absent",
             "the model is not on this machine",
-            where=hub_id,
-            why=f"it is neither a folder nor in {cache}",
-            fix=f"flux2-lora fetch {hub_id}",
+            where=f"{hub_id} at {revision}" if named else hub_id,
+            why=f"it is neither a folder nor in {cache.hub_cache()}",
+            fix=f"flux2-lora fetch {hub_id}{named}",
         )
-    return snapshot
+    return found
 
 
 def _auto(spec: Model, places: _Places) -> Variant:

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
+from schemas import results
 from schemas.errors import BadConfig
 from schemas.run import Model
+from stages.contract.digests import canonical_json
 from stages.contract.job import Job
-from stages.contract.publish import publish_folder, workspace
+from stages.contract.publish import publish_folder, workspace, write_file
 from stages.flux2.folder import ModelFiles, open_model
 from stages.flux2.variants import MICRO, QWEN3_4B
 
@@ -20,8 +24,14 @@ MICRO_VERSION = 1
 
 
 def model_of(job: Job) -> ModelFiles:
-    """Return the model of the job's configuration. Raises what `open_model` raises."""
-    return open_model(job.config.model, job.base, lambda name: _built_in(job, name))
+    """Return the model of the job's configuration. Raises what `open_model` raises.
+
+    Which commit of a hub's model the run uses stands in its folder; a branch that moved since is told, once.
+    """
+    model = open_model(job.config.model, job.base, lambda name: _built_in(job, name))
+    if model.commit is not None:
+        _note_commit(job, model.commit)
+    return model
 
 
 def model_without_making(job: Job) -> ModelFiles:
@@ -54,6 +64,24 @@ def text_length(job: Job) -> int:
     """Return the number of text tokens, known without the model's files: validate needs nothing else of it."""
     micro = MICRO.name in (job.config.model.source, job.config.model.variant)
     return MICRO.text_encoder.length if micro else QWEN3_4B.length
+
+
+def _note_commit(job: Job, commit: str) -> None:
+    path, spec = job.run_folder / results.MODEL, job.config.model
+    note = {"source": spec.source, "revision": spec.revision, "commit": commit}
+    try:
+        before = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError):
+        before = {}
+    if before == note:
+        return
+    if before == {**note, "commit": before.get("commit")}:
+        job.warn(
+            f"{spec.revision} of {spec.source} was {before['commit']} when this run last used it, "
+            f"it is {commit} now: what its weights change is made anew. "
+            f'To stay with the old: model.revision = "{before["commit"]}"'
+        )
+    write_file(path, msgspec.json.format(canonical_json(note)) + b"\n")
 
 
 def _built_in_folder(job: Job, name: str) -> Path:

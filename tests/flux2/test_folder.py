@@ -8,8 +8,9 @@ import pytest
 
 from schemas.errors import BadConfig, Damaged, NoResources, StageError
 from schemas.run import Model
-from stages.flux2.folder import ModelFiles, hub_cache, open_model, require_trainable
+from stages.flux2.folder import ModelFiles, open_model, require_trainable
 from stages.flux2.variants import MICRO, VARIANTS, AutoencoderConfig
+from stages.hub.cache import VARIABLES, hub_cache
 from tests.flux2.published import build, change, transformer_json, write
 
 
@@ -180,6 +181,7 @@ def cache_model(cache: Path, revision: str = "abc123") -> Path:
     ("variable", "value", "below"),
     [
         ("HF_HUB_CACHE", "hub", "hub"),
+        ("HUGGINGFACE_HUB_CACHE", "hub", "hub"),
         ("HF_HOME", "hf", "hf/hub"),
         ("XDG_CACHE_HOME", "cache", "cache/huggingface/hub"),
         ("HOME", "me", "me/.cache/huggingface/hub"),
@@ -188,14 +190,33 @@ def cache_model(cache: Path, revision: str = "abc123") -> Path:
 def test_hub_id_is_found_where_the_hub_tools_keep_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, below: str
 ) -> None:
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+    for name, _ in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(tmp_path / value))
     assert hub_cache() == tmp_path / below
     snapshot = cache_model(tmp_path / below)
     model = open_model(Model(source=HUB_ID), tmp_path, no_builtin)
     assert model.transformer[0].is_relative_to(snapshot)
-    assert model.source == HUB_ID
+    assert (model.source, model.commit) == (HUB_ID, "abc123")
+
+
+def test_revision_names_the_branch_tag_or_commit_that_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshots = cache_model(tmp_path).parent
+    build(snapshots / ("f" * 40), "klein-4b")
+    (snapshots.parent / "refs" / "pr").mkdir()
+    (snapshots.parent / "refs" / "pr" / "1").write_text("f" * 40)
+    for revision, name in (("main", "klein-base-4b"), ("pr/1", "klein-4b"), ("f" * 40, "klein-4b")):
+        assert open_model(Model(source=HUB_ID, revision=revision), tmp_path, no_builtin).variant.name == name
+    for revision in ("v2", "e" * 40, "../refs/main", "", "/"):
+        with pytest.raises(NoResources, match=f"fix: flux2-lora fetch {HUB_ID} --revision {revision}"):
+            open_model(Model(source=HUB_ID, revision=revision), tmp_path, no_builtin)
+
+
+def test_revision_of_a_folder_is_refused(klein: Path) -> None:
+    assert "only a model from the hub has revisions" in fault(BadConfig, klein, revision="v2")
 
 
 @pytest.mark.parametrize("revision", ["", "def456", "../../..", "..", "/"])
