@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from schemas.base import Strict
+from schemas.quantize import Quantize
 
 
 class EncodeText(Strict, frozen=True):
-    """`dtype` is the stored type of the embeddings."""
+    """`dtype` is the stored type of the embeddings, `quantize` how the text encoder's layers are held."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantize: Literal["none"] = "none"
+    quantize: Quantize = "none"

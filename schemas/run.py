@@ -11,6 +11,7 @@ from schemas.encode_latents import EncodeLatents
 from schemas.encode_text import EncodeText
 from schemas.objective import Prior
 from schemas.preview import Preview
+from schemas.quantize import Quantize
 from schemas.train import Train
 from schemas.validate import Validate
 from schemas.verify import Verify
@@ -40,7 +41,7 @@ class Model(Strict, frozen=True):
     autoencoder: str | None = None
     text_encoder: str | None = None
     tokenizer: str | None = None
-    quantize: Literal["none"] = "none"
+    quantize: Quantize = "none"
     allow_distilled: bool = False
 
 

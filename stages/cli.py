@@ -46,6 +46,7 @@ HELPERS = {
     "report": "Make one page about a run: previews, curves, dataset, settings.",
     "compare": "Make one page of several runs side by side.",
     "control": "Ask a training under way to pause, go on, stop, save or draw.",
+    "quantize": "Pack a model's weights once, for all runs that hold them so.",
     "bench": "Measure training steps on this machine, with random weights.",
 }
 TABLES = {

@@ -115,8 +115,8 @@ class EncodeText:
 
         model = model_without_making(job)
         tokenizer = Tokenizer(model.tokenizer, model.variant.text_encoder)
-        encoder = load_text_encoder(model, prepare().compute_dtype)
         plan = Plan(manifest.params, manifest.inputs)
+        encoder = load_text_encoder(model, prepare().compute_dtype, plan.params["quantize"])
         texts = {_embedding_key(plan, text): text for _, _, text in _wanted(plan, _captions(validated))}
         for key in keys:
             yield key, _embedding(job, encoder, tokenizer.encode(texts[key]))
@@ -171,15 +171,16 @@ def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[s
     from stages.console.progress import progress
     from stages.flux2.backend import prepare
     from stages.flux2.load import load_text_encoder
+    from stages.flux2.prequantized import prequantized
     from stages.flux2.text.tokenize import Tokenizer
     from stages.stores.embeddings import write_embeddings
     from stages.stores.fragments import MOST_RECORDS
 
     backend = prepare()
     job.say(backend.line())
-    model = model_of(job)
+    model = prequantized(job, model_of(job), "text_encoder")
     tokenizer = Tokenizer(model.tokenizer, model.variant.text_encoder)
-    encoder = load_text_encoder(model, backend.compute_dtype)
+    encoder = load_text_encoder(model, backend.compute_dtype, job.config.encode_text.quantize)
     written: dict[str, EmbeddingRow] = {}
     with progress("encode-text", total=len(missing), quiet=job.flags.quiet) as bar:
         for start in range(0, len(missing), MOST_RECORDS):

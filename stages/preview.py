@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from stages.contract.artifacts import Built, Plan, holder, keyed, restore_file
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.runner import upstream
-from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, transformer_digest
+from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, quantization, transformer_digest
 
 if TYPE_CHECKING:
     from stages.training.previews import Scene
@@ -50,7 +50,7 @@ class Preview:
         """Key the settings, the prompts' embeddings, the weights, and the LoRA of every step shown."""
         model, drawing = model_of(job), drawing_model_of(job)
         text, _ = upstream(job, "encode-text")
-        settings = keyed(job.config.preview)
+        settings = {**keyed(job.config.preview), **quantization(job)}
         del settings["during_training"]
         if "distilled" in settings:
             # Where the sibling lies is in no key: its weights are.
@@ -72,15 +72,16 @@ class Preview:
         from stages.console.progress import progress
         from stages.flux2.backend import prepare
         from stages.flux2.load import load_autoencoder, load_transformer
+        from stages.flux2.prequantized import prequantized
         from stages.training.previews import Painter, scene_of, write_grid, write_sheet
 
         scene = scene_of(job)
         model, drawing = model_of(job), drawing_model_of(job)
-        backend = prepare()
+        backend, packed = prepare(), partial(prequantized, job, drawing, "transformer")
         painter = Painter(
             job.stores,
             scene,
-            transformer=cache(lambda: load_transformer(drawing, backend.compute_dtype)),
+            transformer=cache(lambda: load_transformer(packed(), backend.compute_dtype, job.config.model.quantize)),
             decoder=cache(lambda: load_autoencoder(model, encoder=False, decoder=True)),
         )
         wanted = shots(job)

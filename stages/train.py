@@ -18,7 +18,7 @@ from stages.contract.job import Job
 from stages.contract.publish import write_file
 from stages.contract.runner import differences, upstream
 from stages.flux2.folder import require_trainable
-from stages.flux2.identity import model_of, transformer_digest
+from stages.flux2.identity import model_of, quantization, transformer_digest
 from stages.lora.init_lora import ROLE, init_lora_inputs
 from stages.training.sources import held_out_inputs
 
@@ -43,7 +43,7 @@ class Train:
         model = model_of(job)
         require_trainable(model, allow_distilled=job.config.model.allow_distilled)
         settings = {name: value for name, value in keyed(job.config.train).items() if name not in UNKEYED}
-        settings["seed"] = job.config.run.seed
+        settings |= {"seed": job.config.run.seed, **quantization(job)}
         latents, _ = upstream(job, "encode-latents")
         text, _ = upstream(job, "encode-text")
         dataset, _ = upstream(job, "validate")

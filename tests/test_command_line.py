@@ -39,6 +39,7 @@ OPTIONS = {
     "ema": "--config -c --set --store --also --runs --sigma-rel --output -o --json --quiet --debug",
     "report": "run --output -o --config -c --store --also --runs --open --json --debug",
     "compare": "names --output -o --store --also --runs --open --json --debug",
+    "quantize": "--config -c --set --store --also --runs --force --json --quiet --debug",
     "bench": "model --size --batch-size --rank --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}

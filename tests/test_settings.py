@@ -41,6 +41,7 @@ WINDOW = f"{TIMESTEPS}::test_a_window_keeps_the_shape_and_piles_nothing_up_at_it
 WEIGHTS = "training/test_weighting.py::test_weights_are_those_of_diffusers"
 CLASS_WEIGHT = f"{OBJECTIVE}::test_preservation_is_the_change_under_the_class_captions_by_its_weight"
 CLASS_WORD = f"{PRESERVATION}::test_another_class_word_encodes_the_class_captions_again_and_nothing_else"
+QUANTIZE = "stages/test_quantize.py"
 PHASES = "training/test_visits.py::test_phase_draws_its_sizes_and_keeps_pictures_that_are_too_small"
 ROTATION = "training/test_rotation.py::test_rule_names_what_goes"
 PART = f"{STAGES}::test_part_of_a_model_is_read_where_the_setting_says"
@@ -78,12 +79,12 @@ SHOWN = {
     "model.autoencoder": PART,
     "model.text_encoder": PART,
     "model.tokenizer": PART,
-    "model.quantize": f"{STAGES}::test_quantization_is_refused_as_long_as_there_is_none",
+    "model.quantize": f"{QUANTIZE}::test_every_format_trains_draws_and_verifies",
     "model.allow_distilled": "stages/test_train.py::test_distilled_model_is_refused_unless_allowed",
     "encode_latents.dtype": f"{LATENTS}::test_another_type_or_size_is_encoded_anew_and_the_old_stays_usable",
     "encode_latents.flip": f"{LATENTS}::test_mirrored_twins_are_encoded_beside_what_is_there",
     "encode_text.dtype": "stages/test_encode_text.py::test_another_type_is_encoded_anew",
-    "encode_text.quantize": f"{STAGES}::test_quantization_is_refused_as_long_as_there_is_none",
+    "encode_text.quantize": f"{QUANTIZE}::test_every_format_of_the_text_encoder_is_an_embedding_of_its_own",
     "train.steps": "stages/test_train.py::test_more_steps_continue_and_fewer_steps_go_back",
     "train.batch_size": ACTS,
     "train.gradient_accumulation": ACTS,

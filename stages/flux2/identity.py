@@ -60,6 +60,12 @@ def drawing_model_of(job: Job) -> ModelFiles:
     return sibling
 
 
+def quantization(job: Job) -> dict[str, str]:
+    """Return what the frozen transformer's format adds to a key: nothing where its weights are held as they are."""
+    mode = job.config.model.quantize
+    return {} if mode == "none" else {"quantize": mode}
+
+
 def text_length(job: Job) -> int:
     """Return the number of text tokens, known without the model's files: validate needs nothing else of it."""
     micro = MICRO.name in (job.config.model.source, job.config.model.variant)

@@ -6,18 +6,17 @@ module is returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, assert_never, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_flatten
 
 from schemas.quantize import Quantize
 from stages.flux2 import names, shapes, weights
 from stages.flux2.folder import ModelFiles
 from stages.flux2.packing import chosen
-from stages.flux2.quantize import fill
+from stages.flux2.quantize import fill, held
 from stages.flux2.weights import Layout
 
 if TYPE_CHECKING:
@@ -66,6 +65,16 @@ def load_text_encoder(model: ModelFiles, dtype: mx.Dtype, quantize: Quantize = "
     assert_never(config.kind)
 
 
+def packed_transformer(model: ModelFiles, quantize: Quantize) -> Iterator[tuple[str, mx.array]]:
+    """Yield the transformer's tensors as `load_transformer` would hold them, those left dense of their own type."""
+    return _packed(_transformer(model), (quantize, "model.quantize"))
+
+
+def packed_text_encoder(model: ModelFiles, quantize: Quantize) -> Iterator[tuple[str, mx.array]]:
+    """Yield the text encoder's tensors in the same way."""
+    return _packed(_text_encoder(model), (quantize, "encode_text.quantize"))
+
+
 def transformer_digest(model: ModelFiles, on_bytes: Callable[[int], None] | None = None) -> str:
     """Return the digest of all the transformer's tensors; `on_bytes` is told of bytes done, as by the others here."""
     return weights.digest(_transformer(model), on_bytes)
@@ -102,8 +111,11 @@ def _text_encoder(model: ModelFiles) -> Layout:
     return weights.resolve(model.text_encoder, shapes.text_encoder_shapes(config), names.text_encoder(config))
 
 
+def _packed(layout: Layout, asked: Asked) -> Iterator[tuple[str, mx.array]]:
+    return held(weights.load(layout), layout.packed, chosen(layout.shapes, layout.packed, *asked), None)
+
+
 def _fill(module: Part, layout: Layout, dtype: mx.Dtype, asked: Asked = ("none", "")) -> Part:
     """Return the module with the tensors of the layout."""
-    tensors = cast(dict[str, mx.array], tree_flatten(module.parameters(), destination={}))
-    wanted = chosen({name: array.shape for name, array in tensors.items()}, layout.packed, *asked)
+    wanted = chosen(layout.shapes, layout.packed, *asked)
     return fill(module, weights.load(layout), dtype, found=layout.packed, wanted=wanted)

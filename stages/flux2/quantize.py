@@ -93,9 +93,40 @@ def fill(
     """
     # The module's own random start is never evaluated, so only the weights take memory.
     _install(module, wanted)
-    module.load_weights(list(_held(tensors, found, wanted, dtype)), strict=True)
+    module.load_weights(list(held(tensors, found, wanted, dtype)), strict=True)
     mx.eval(module.parameters())
     return module
+
+
+def held(
+    tensors: Iterable[tuple[str, mx.array]],
+    found: Mapping[str, Format],
+    wanted: Mapping[str, Format],
+    dtype: mx.Dtype | None,
+) -> Iterator[tuple[str, mx.array]]:
+    """Yield tensors as a module holds them, evaluated: those of `wanted` packed, others of `dtype` or their own.
+
+    What comes packed and is not wanted so is unpacked.
+    """
+    waiting: list[mx.array] = []
+    for name, array in tensors:
+        module, _, part = name.rpartition(".")
+        if module in found:
+            if module in wanted:
+                yield name, _evaluated(array if array.dtype in WORDS else array.astype(mx.bfloat16))
+            else:
+                waiting.append(array)
+                if len(waiting) == len(found[module].parts):
+                    yield f"{module}.weight", _opened(waiting, found[module], dtype or mx.bfloat16)
+                    waiting = []
+        elif module in wanted and part == "weight":
+            form = wanted[module]
+            yield from zip((f"{module}.{part}" for part in form.parts), packed(array, form), strict=True)
+        else:
+            yield name, _evaluated(array if dtype is None else array.astype(dtype))
+        # Before the next is read: neither this tensor nor the buffers of its size may stay beside it.
+        del array
+        mx.clear_cache()
 
 
 def held_as(transformer: nn.Module) -> str:
@@ -115,34 +146,6 @@ def _install(module: nn.Module, wanted: Mapping[str, Format]) -> None:
         return FrozenLinear(columns, rows, bias=False, group_size=form.group_size, bits=form.bits, mode=form.mode)
 
     module.update_modules(tree_map_with_path(frozen, module.leaf_modules(), is_leaf=nn.Module.is_module))
-
-
-def _held(
-    tensors: Iterable[tuple[str, mx.array]],
-    found: Mapping[str, Format],
-    wanted: Mapping[str, Format],
-    dtype: mx.Dtype,
-) -> Iterator[tuple[str, mx.array]]:
-    """Yield tensors as the module holds them, evaluated; what comes packed and is not wanted so is unpacked."""
-    waiting: list[mx.array] = []
-    for name, array in tensors:
-        module, _, part = name.rpartition(".")
-        if module in found:
-            if module in wanted:
-                yield name, _evaluated(array if array.dtype in WORDS else array.astype(mx.bfloat16))
-            else:
-                waiting.append(array)
-                if len(waiting) == len(found[module].parts):
-                    yield f"{module}.weight", _opened(waiting, found[module], dtype)
-                    waiting = []
-        elif module in wanted and part == "weight":
-            form = wanted[module]
-            yield from zip((f"{module}.{part}" for part in form.parts), packed(array, form), strict=True)
-        else:
-            yield name, _evaluated(array.astype(dtype))
-        # Before the next is read: neither this tensor nor the buffers of its size may stay beside it.
-        del array
-        mx.clear_cache()
 
 
 def _opened(parts: list[mx.array], form: Format, dtype: mx.Dtype) -> mx.array:

@@ -21,7 +21,7 @@ import numpy as np
 from schemas.errors import Damaged, Fault
 from stages.flux2 import packing
 from stages.flux2.names import Component, Piece
-from stages.flux2.shapes import Shapes, recognise
+from stages.flux2.shapes import Shapes, packed_elsewhere, recognise
 from stages.stores.tensors import (
     DTYPES,
     Entry,
@@ -72,11 +72,13 @@ class Assembly:
 class Layout:
     """Where every canonical tensor of one component lies; `headers` are those the spans were taken from.
 
-    Of the modules `packed`, whose matrices the files hold quantized, there are scales and biases beside the weight.
+    `shapes` are those expected. Of the modules `packed`, whose matrices the files hold quantized, there are scales
+    and biases beside the weight, and the weight has another shape.
     """
 
     tensors: dict[str, Assembly]
     headers: dict[Path, Header]
+    shapes: Shapes
     packed: dict[str, packing.Format]
 
     @property
@@ -111,6 +113,7 @@ def resolve(files: Sequence[Path], expected: Shapes, component: Component) -> La
         if path.name.endswith(INDEX_SUFFIX):
             _check_index(path, headers)
     found = _gather(headers, component)
+    _refuse_packed(headers, found)
     # The spelling under which most of the model is there is the one meant.
     pieces = max(component.spellings, key=lambda spelling: _count_present(spelling, expected, found))
     check = _Check(expected, component, found)
@@ -118,7 +121,7 @@ def resolve(files: Sequence[Path], expected: Shapes, component: Component) -> La
     for name in expected:
         tensors |= check.assemble(name, pieces(name))
     check.raise_faults(headers)
-    return Layout(tensors, headers, check.packed)
+    return Layout(tensors, headers, expected, check.packed)
 
 
 def digest(layout: Layout, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -216,6 +219,19 @@ def _gather(headers: Mapping[Path, Header], component: Component) -> dict[str, _
                 )
             found[plain] = _Found(path, name, entry)
     return found
+
+
+def _refuse_packed(headers: Mapping[Path, Header], found: Mapping[str, _Found]) -> None:
+    words = packed_elsewhere({name: one.entry.dtype for name, one in found.items()})
+    if words is not None:
+        raise Damaged(
+            "weights.packed_elsewhere",
+            f"the weights are {words}",
+            where=str(next(iter(headers))),
+            why=f"found {recognise({name: one.entry.shape for name, one in found.items()})}, "
+            f"expected {', '.join(WEIGHT_DTYPES)} or what MLX packs",
+            fix="use the file with the full weights (bf16); model.quantize and encode_text.quantize pack them as they load",
+        )
 
 
 def _count_present(pieces: Callable[[str], tuple[Piece, ...]], expected: Shapes, found: Mapping[str, _Found]) -> int:

@@ -24,7 +24,7 @@ from stages.contract.publish import publish_file, workspace
 from stages.contract.runner import upstream
 from stages.dataset.captions import prompt_with_trigger
 from stages.flux2.autoencoder import Autoencoder
-from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, transformer_digest
+from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, quantization, transformer_digest
 from stages.flux2.sampler import Sampling, initial_noise, sample, uses_empty_prompt
 from stages.flux2.transformer import Transformer
 from stages.lora.formats.read import read
@@ -45,7 +45,7 @@ PNG_END = bytes.fromhex("0000000049454e44ae426082")
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn: prompts with their embeddings, and how. `weights` are the digests of transformer and decoder."""
+    """What is drawn: prompts with their embeddings, and how. `weights` are those of transformer and decoder."""
 
     prompts: Sequence[tuple[str, EmbeddingRow]]
     empty: EmbeddingRow
@@ -88,7 +88,11 @@ def scene_of(job: Job) -> Scene:
         size=settings.size,
         seed=settings.seed,
         sampling=sampling,
-        weights={"transformer": transformer_digest(job, drawing), "decoder": decoder_digest(job, model)},
+        weights={
+            "transformer": transformer_digest(job, drawing),
+            "decoder": decoder_digest(job, model),
+            **quantization(job),
+        },
     )
 
 

@@ -19,6 +19,7 @@ from stages.contract.job import Job
 from stages.contract.publish import write_file
 from stages.flux2.identity import model_of
 from stages.flux2.load import load_autoencoder
+from stages.flux2.quantize import held_as
 from stages.lora.formats.bfl import metadata, to_tensors
 from stages.lora.init_lora import ROLE
 from stages.lora.layer import Factors
@@ -104,7 +105,7 @@ class Recorder:
             state={name: from_mlx(array) for name, array in self._trainer.state().items()},
             lora=self._file(self._trainer.factors),
             ema=None if average is None else self._file(average),
-            metadata=metadata(saved_rank(settings), _provenance(self._job, self._plan, step)),
+            metadata=metadata(saved_rank(settings), self._provenance(step)),
             metrics=history,
         )
         self.last = write_checkpoint(self._job.store, trajectory_of(self._plan.params, self._plan.inputs), snapshot)
@@ -120,6 +121,10 @@ class Recorder:
             self._draw(lora, step, digest)
         if settings.rotation is not None:
             rotate(self._job.store, self._job.run_folder, settings.rotation, self.last, history)
+
+    def _provenance(self, step: int) -> dict[str, str]:
+        held = held_as(self._trainer.transformer)
+        return {**_provenance(self._job, self._plan, step), "base_quantization": held}
 
     def _history(self, step: int) -> list[Line]:
         """Return the lines up to `step`: those of the last checkpoint, proved by it, and those since."""

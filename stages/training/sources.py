@@ -47,11 +47,13 @@ def validator(job: Job) -> Validator | None:
 def make_trainer(job: Job, settings: Train, compute_dtype: mx.Dtype, init_lora: str | None) -> Trainer:
     """Return a trainer of the job's model with fresh adapters, or those of the LoRA file of digest `init_lora`."""
     from stages.flux2.load import load_transformer
+    from stages.flux2.prequantized import prequantized
     from stages.lora.init_lora import init_lora_factors
     from stages.lora.merge import attach
     from stages.training.step import Trainer
 
-    transformer = load_transformer(model_of(job), compute_dtype)
+    model = prequantized(job, model_of(job), "transformer")
+    transformer = load_transformer(model, compute_dtype, job.config.model.quantize)
     start = init_lora_factors(job, init_lora, transformer.config)
     attach(transformer, settings, seed=job.config.run.seed, start=start)
     return Trainer(transformer, settings, job.config.run.seed)

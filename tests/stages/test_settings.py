@@ -112,12 +112,6 @@ def test_background_shows_where_a_picture_is_transparent(untrained: Project) -> 
     assert encoded("validate.background=#ff0000") == 0
 
 
-@pytest.mark.parametrize("setting", ["model.quantize=4bit", "encode_text.quantize=4bit"])
-def test_quantization_is_refused_as_long_as_there_is_none(untrained: Project, setting: str) -> None:
-    ran = untrained.run("encode-text", sets=(setting,))
-    assert (ran.code, ran.error) == (2, "config.wrong_value")
-
-
 @pytest.mark.parametrize(
     ("part", "original", "stage"),
     [
