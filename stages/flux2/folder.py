@@ -21,6 +21,8 @@ from stages.hub import cache
 
 BUILT_IN = (MICRO.name,)
 WEIGHTS_SUFFIX = ".safetensors"
+# How the transformers of klein are called where they are published: base, or else distilled.
+KLEIN_FILE = re.compile(r"flux[._-]?2[._-]klein[._-](base[._-])?[49]b", re.IGNORECASE)
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -201,7 +203,12 @@ def _auto(spec: Model, places: _Places) -> Variant:
 
 def _explicit(row: Variant, spec: Model, places: _Places) -> Variant:
     """Return `row` with the autoencoder found; every part that has a configuration must agree with it."""
+    _require_parts(row, spec)
     wrong: list[str] = []
+    if places.transformer.is_file() and (name := KLEIN_FILE.search(places.transformer.name)):
+        distilled = name[1] is None
+        if distilled != row.distilled:
+            wrong.append(f"{row.name} is {_kind(distilled=row.distilled)}, {name[0]} is {_kind(distilled=distilled)}")
     if places.root is not None and spec.transformer is None:
         distilled = configs.read_json(places.root / "model_index.json", configs.Pipeline).is_distilled
         if distilled != row.distilled:
@@ -231,6 +238,20 @@ def _explicit(row: Variant, spec: Model, places: _Places) -> Variant:
     return row
 
 
+def _require_parts(row: Variant, spec: Model) -> None:
+    """Raise `BadConfig` where a part would be the built-in model's beside those of a real one."""
+    parts = ("transformer", "autoencoder", "text_encoder", "tokenizer")
+    absent = [f"model.{part}" for part in parts if getattr(spec, part) is None]
+    if absent and spec.source in BUILT_IN and row.name not in BUILT_IN:
+        raise BadConfig(
+            "model.parts",
+            f"parts of {row.name} are not given",
+            where="[model]",
+            why=f"missing: {', '.join(absent)}",
+            fix="name their files, or a folder or hub id that has them as model.source",
+        )
+
+
 def _differences(part: str, found: object, expected: object) -> list[str]:
     return [
         f"{part} {field.name}: expected {getattr(expected, field.name)}, found {getattr(found, field.name)}"
@@ -257,11 +278,14 @@ def _weights(place: Path) -> tuple[Path, ...]:
         if place.name.endswith(INDEX_SUFFIX):
             return _shards(place)
         if place.suffix != WEIGHTS_SUFFIX:
+            gguf = place.suffix.lower() == ".gguf"
             raise Damaged(
                 "model.format",
-                "not a safetensors file",
+                "this is a GGUF file, not a safetensors file" if gguf else "not a safetensors file",
                 where=str(place),
-                fix="use a .safetensors file; pickles (.pt, .bin, .ckpt) are never read",
+                fix="use a .safetensors file in bfloat16; model.quantize packs what is loaded"
+                if gguf
+                else "use a .safetensors file; pickles (.pt, .bin, .ckpt) are never read",
             )
         return (place,)
     indices = sorted(place.glob(f"*{INDEX_SUFFIX}"))
@@ -305,6 +329,14 @@ def _tokenizer(place: Path) -> Path:
     path = place / "tokenizer.json" if place.is_dir() else place
     if not path.is_file():
         raise _incomplete(path, "no tokenizer.json")
+    if path.suffix != ".json" or path.name == "tekken.json":
+        raise Damaged(
+            "model.tokenizer",
+            "not a tokenizer in Hugging Face's format",
+            where=str(path),
+            why="expected a tokenizer.json",
+            fix="use the tokenizer.json of the model's tokenizer folder on the hub",
+        )
     return path
 
 

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from stages.flux2.variants import AutoencoderConfig, TextEncoderConfig
 
 FINAL_MODULATION = "final_layer.adaLN_modulation.1"
-SINGLE_FILE_PREFIX = "model.diffusion_model."
+# What tools put before every name of a part, also of several parts in one file.
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
+# The tokenizer, as ComfyUI's files of a text encoder carry it along.
+TOKENIZERS = ("tekken_model", "spiece_model", "tokenizer_json")
 
 # Canonical module -> the diffusers modules whose rows it stacks.
 WHOLE = {
@@ -151,14 +155,24 @@ def diffusers_autoencoder_name(name: str, levels: int) -> str:
 
 
 def plain_transformer_name(name: str) -> str:
-    """Drop the prefix of all-in-one files; call the scale of a norm `scale`, as BFL's first files did."""
-    return re.sub(r"\.(query_norm|key_norm)\.weight$", r".\1.scale", name.removeprefix(SINGLE_FILE_PREFIX))
+    """Drop a tool's prefix; call the scale of a norm `scale`, as BFL's first files did."""
+    return re.sub(r"\.(query_norm|key_norm)\.weight$", r".\1.scale", _without(TRANSFORMER_PREFIXES, name))
+
+
+def plain_autoencoder_name(name: str) -> str:
+    """Drop a tool's prefix."""
+    return _without(AUTOENCODER_PREFIXES, name)
 
 
 def plain_text_encoder_name(name: str) -> str:
-    """Drop what wraps the language model of a model that also sees."""
+    """Drop what wraps the language model of a model that also sees; name one saved without its head as others are."""
     name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
-    return name.removeprefix("language_model.")
+    return re.sub(r"^(?=(?:layers|embed_tokens|norm)\.)", "model.", name.removeprefix("language_model."))
+
+
+def _without(prefixes: tuple[str, ...], name: str) -> str:
+    """Return the name without the prefix it has, if it has one."""
+    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
 
 
 TRANSFORMER = Component(
@@ -176,7 +190,7 @@ def autoencoder(config: AutoencoderConfig, *, encoder: bool, decoder: bool) -> C
     unused = re.compile("|".join([r"bn\.num_batches_tracked$", *(rf"(?:{half})\." for half in halves)]))
     levels = len(config.block_out_channels)
     return Component(
-        plain=lambda name: name,
+        plain=plain_autoencoder_name,
         spellings=(canonical_pieces, lambda name: (Piece(diffusers_autoencoder_name(name, levels)),)),
         unused=lambda name: unused.match(name) is not None,
     )
@@ -189,6 +203,6 @@ def text_encoder(config: TextEncoderConfig) -> Component:
 
     def unused(name: str) -> bool:
         match = layer.match(name)
-        return int(match[1]) >= max(config.layers) if match else other.match(name) is not None
+        return int(match[1]) >= max(config.layers) if match else name in TOKENIZERS or other.match(name) is not None
 
     return Component(plain=plain_text_encoder_name, spellings=(canonical_pieces,), unused=unused)

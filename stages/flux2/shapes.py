@@ -13,6 +13,36 @@ from stages.flux2.variants import VARIANTS, AutoencoderConfig, TextEncoderConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
+PREFIX = re.compile(r"^(?:model\.diffusion_model|diffusion_model|first_stage_model|vae|transformer)\.")
+ADAPTER = re.compile(r"\.(?:lora|lokr|hada)_|\.dora_scale$|^lora_")
+# A tensor that only this other model has; all-in-one files hold the first of theirs beside others.
+OTHER_MODELS = (
+    ("double_blocks.0.img_mod.lin.weight", "a FLUX.1 transformer"),
+    ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
+    ("pos_embed.proj.weight", "a Stable Diffusion 3 transformer"),
+    ("joint_blocks.0.x_block.attn.qkv.weight", "a Stable Diffusion 3 transformer"),
+    ("transformer_blocks.0.norm1.linear.weight", "a FLUX.1 transformer"),
+    ("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image transformer"),
+    ("label_emb.0.0.weight", "a Stable Diffusion XL model"),
+    ("add_embedding.linear_1.weight", "a Stable Diffusion XL model"),
+    ("input_blocks.0.0.weight", "a Stable Diffusion 1 or 2 model"),
+    ("down_blocks.0.resnets.0.time_emb_proj.weight", "a Stable Diffusion 1 or 2 model"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
+    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
+    ("tok_embeddings.weight", "a language model in Mistral's own layout, not that of Hugging Face"),
+)
+# What other tools put beside a matrix that they packed.
+PACKINGS = (
+    (re.compile(r"\.weight_scale_2$"), "4-bit floats with scales (ComfyUI's nvfp4)"),
+    (
+        re.compile(r"\.(?:weight_scale|scale_weight|comfy_quant)$|^scaled_fp8$"),
+        "8-bit floats with scales (ComfyUI's fp8)",
+    ),
+    (re.compile(r"\.(?:absmax|quant_map|SCB)$|\.quant_state\."), "integers of bitsandbytes"),
+    (re.compile(r"\.(?:qweight|qzeros|wscales)$"), "integers of GPTQ, AWQ or Nunchaku"),
+    (re.compile(r"\.weight\._(?:data|scale)$"), "integers of quanto"),
+)
+
 
 def transformer_shapes(config: TransformerConfig) -> Shapes:
     """Return every tensor of the transformer."""
@@ -83,21 +113,32 @@ def text_encoder_shapes(config: TextEncoderConfig) -> Shapes:
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return what a file with these tensors looks like, in words, whatever spelling its names have."""
-    names = {name.removeprefix("model.diffusion_model."): shape for name, shape in shapes.items()}
-    if any(".lora_" in name or ".lokr_" in name for name in names):
+    names = {PREFIX.sub("", name): shape for name, shape in shapes.items()}
+    if any(ADAPTER.search(name) for name in names):
         return "a LoRA"
     for marker in ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight"):
         if marker in names:
             return _transformer_words(names, names[marker])
-    if "double_blocks.0.img_mod.lin.weight" in names or "transformer_blocks.0.norm1.linear.weight" in names:
-        return "a FLUX.1 transformer"
+    for marker, words in OTHER_MODELS:
+        if marker in names:
+            return words
     if "encoder.conv_in.weight" in names or "decoder.conv_in.weight" in names:
         return _autoencoder_words(names)
     for name, shape in names.items():
         if name.endswith("embed_tokens.weight"):
-            layers = _count(names, r"model\.(?:language_model\.)?layers\.")
-            return f"a language model of width {shape[-1]} with {layers} layers"
+            return _language_words(names, shape[-1] if shape else 0)
     return f"an unknown model of {len(names)} tensors"
+
+
+def packed_elsewhere(dtypes: Mapping[str, str]) -> str | None:
+    """Return how another tool packed the weights of a file, in words; None where none did.
+
+    `dtypes` are the types, as files say them, by the names of the tensors.
+    """
+    for pattern, words in PACKINGS:
+        if any(pattern.search(name) for name in dtypes):
+            return words
+    return "bare 8-bit floats (fp8)" if any(dtype.startswith("F8_") for dtype in dtypes.values()) else None
 
 
 def _transformer_words(names: Mapping[str, tuple[int, ...]], modulation: tuple[int, ...]) -> str:
@@ -121,7 +162,20 @@ def _autoencoder_words(names: Mapping[str, tuple[int, ...]]) -> str:
     if statistics is None:
         return "the autoencoder of another model"
     parts = [part for part in ("encoder", "decoder") if f"{part}.conv_in.weight" in names]
-    return f"a FLUX.2 autoencoder ({' and '.join(parts)}) of {statistics[0] // 4} latent channels"
+    outer = {
+        names[end][axis]
+        for end, axis in (("encoder.conv_in.weight", 0), ("decoder.conv_out.weight", 1))
+        if end in names
+    }
+    narrow = f", whose decoder is narrow ({min(outer)})" if len(outer) == 2 else ""
+    return f"a FLUX.2 autoencoder ({' and '.join(parts)}) of {statistics[0] // 4} latent channels{narrow}"
+
+
+def _language_words(names: Mapping[str, tuple[int, ...]], width: int) -> str:
+    layers = _count(names, r"(?:model\.)?(?:language_model\.)?layers\.")
+    known = [row.name for row in VARIANTS.values() if row.text_encoder.hidden_size == width]
+    suffix = f" ({', '.join(known)})" if known else ""
+    return f"a language model of width {width} with {layers} layers{suffix}"
 
 
 def _count(names: Iterable[str], prefix: str) -> int:

@@ -40,6 +40,15 @@ DTYPES = {
     "I64": np.dtype("<i8"),
     "F64": np.dtype("<f8"),
 }
+# What else is met under the name of a safetensors file: its first bytes, what it is, and what to do.
+OTHER_FILES = (
+    (b"version ", "a Git LFS pointer: git brought no more than its name", "fetch the file itself (git lfs pull)"),
+    (b"<", "a web page", "download it again: the page may ask to log in or to accept a licence"),
+    (b"{", "a text, perhaps an answer in place of the file", "look into it, and download the file again"),
+    (b"GGUF", "a GGUF file", "use the .safetensors file in bfloat16; model.quantize packs what is loaded"),
+    (b"PK\x03\x04", "a pickle in a zip, as torch.save writes it", "use a .safetensors file; pickles are never read"),
+    (b"\x80\x02", "a pickle", "use a .safetensors file; pickles are never read"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,16 @@ def parse(path: Path, head: bytes, size: int) -> Header:
     if expected < size:
         damaged("trailing", "bytes follow the last tensor", path, why=f"expected {expected} bytes, found {size}")
     return Header(metadata, entries, size)
+
+
+def refuse_other_files(path: Path, start: bytes) -> None:
+    """Raise `Damaged` in words for a file that is plainly something else, by its first 8 bytes.
+
+    None of these starts like a length that a header may have.
+    """
+    for magic, words, fix in OTHER_FILES:
+        if start.startswith(magic):
+            damaged("other", f"this is {words}, not a safetensors file", path, fix)
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:

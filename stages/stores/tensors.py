@@ -23,7 +23,16 @@ import numpy as np
 from schemas.errors import Damaged, NoResources
 from stages.contract.digests import digest_of
 from stages.contract.publish import no_resources, sync
-from stages.stores.tensor_header import DTYPES, MAX_HEADER_BYTES, METADATA, Entry, Header, damaged, parse
+from stages.stores.tensor_header import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    METADATA,
+    Entry,
+    Header,
+    damaged,
+    parse,
+    refuse_other_files,
+)
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -283,6 +292,7 @@ def _read_head(path: Path, descriptor: int, size: int) -> bytes:
     head = _pread(path, descriptor, 8, 0)
     count = int.from_bytes(head, "little")
     if count > MAX_HEADER_BYTES:
+        refuse_other_files(path, head)
         damaged(
             "header", "not a safetensors header", path, why=f"it claims {count} bytes, {MAX_HEADER_BYTES} are allowed"
         )

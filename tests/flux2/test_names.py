@@ -132,8 +132,9 @@ def test_reference_tables_of_text_encoders_are_whole(name: str, parameters: int)
     assert sum(prod(shape) for shape in table.values()) == parameters
 
 
-def test_both_wrappings_of_a_language_model_are_undone() -> None:
+def test_every_wrapping_of_a_language_model_is_undone() -> None:
     for name in (
+        "layers.3.mlp.up_proj.weight",
         "language_model.model.layers.3.mlp.up_proj.weight",
         "model.language_model.layers.3.mlp.up_proj.weight",
     ):
@@ -141,8 +142,9 @@ def test_both_wrappings_of_a_language_model_are_undone() -> None:
     assert names.plain_text_encoder_name("language_model.lm_head.weight") == "lm_head.weight"
 
 
-def test_prefix_and_weight_spelling_of_norms_are_undone() -> None:
-    name = "model.diffusion_model.double_blocks.0.img_attn.norm.query_norm.weight"
+@pytest.mark.parametrize("prefix", ["", *names.TRANSFORMER_PREFIXES])
+def test_prefix_and_weight_spelling_of_norms_are_undone(prefix: str) -> None:
+    name = f"{prefix}double_blocks.0.img_attn.norm.query_norm.weight"
     assert names.plain_transformer_name(name) == "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
@@ -175,15 +177,60 @@ def test_unknown_modules_are_told_apart() -> None:
     [
         (golden(GOLDEN["transformer"]["klein-9b"]), "8 double and 24 single blocks (klein-base-9b, klein-9b)"),
         (shapes.transformer_shapes(MICRO.transformer), "width 192 with 2 double and 4 single blocks (flux2-micro)"),
-        ({names.SINGLE_FILE_PREFIX + n: s for n, s in shapes.transformer_shapes(DEV).items()}, "single blocks (dev)"),
+        *(
+            ({prefix + name: shape for name, shape in shapes.transformer_shapes(DEV).items()}, "single blocks (dev)")
+            for prefix in names.TRANSFORMER_PREFIXES
+        ),
         (golden(GOLDEN["autoencoder"]), "a FLUX.2 autoencoder (encoder and decoder) of 32 latent channels"),
         ({"encoder.conv_in.weight": (128, 3, 3, 3)}, "the autoencoder of another model"),
-        (golden(GOLDEN["text_encoder"]["qwen3-4b"]), "a language model of width 2560 with 36 layers"),
-        (golden(GOLDEN["text_encoder"]["mistral-small-3.2-24b"]), "a language model of width 5120 with 40 layers"),
+        (
+            golden(GOLDEN["autoencoder"]) | {"decoder.conv_out.weight": (3, 96, 3, 3)},
+            "of 32 latent channels, whose decoder is narrow (96)",
+        ),
+        (
+            golden(GOLDEN["text_encoder"]["qwen3-4b"]),
+            "a language model of width 2560 with 36 layers (klein-base-4b, klein-4b)",
+        ),
+        (
+            golden(GOLDEN["text_encoder"]["mistral-small-3.2-24b"]),
+            "a language model of width 5120 with 40 layers (dev)",
+        ),
         ({"double_blocks.0.img_mod.lin.weight": (1, 1)}, "a FLUX.1 transformer"),
+        ({"model.diffusion_model.double_blocks.0.img_mod.lin.weight": (1, 1)}, "a FLUX.1 transformer"),
+        ({"transformer_blocks.0.norm1.linear.weight": (1, 1)}, "a FLUX.1 transformer"),
+        (
+            {
+                "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
+                "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+                "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+            },
+            "a Stable Diffusion XL model",
+        ),
+        ({"joint_blocks.0.x_block.attn.qkv.weight": (1, 1)}, "a Stable Diffusion 3 transformer"),
+        ({"encoder.block.0.layer.0.SelfAttention.q.weight": (1, 1)}, "a T5 text encoder"),
+        ({"tok_embeddings.weight": (1, 1)}, "in Mistral's own layout, not that of Hugging Face"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.alpha": ()}, "a LoRA"),
         ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (1, 1)}, "a LoRA"),
         ({"x": ()}, "an unknown model of 1 tensors"),
     ],
 )  # fmt: skip
 def test_files_are_recognised_in_words(table: shapes.Shapes, words: str) -> None:
     assert shapes.recognise(table).endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "words"),
+    [
+        ({"img_in.weight": "BF16"}, None),
+        ({"model.layers.0.mlp.up_proj.weight": "U32", "model.layers.0.mlp.up_proj.scales": "BF16"}, None),
+        ({"img_in.weight": "F8_E4M3"}, "bare 8-bit floats (fp8)"),
+        ({"img_in.weight": "F8_E4M3", "img_in.weight_scale": "F32"}, "8-bit floats with scales (ComfyUI's fp8)"),
+        ({"img_in.weight": "F8_E4M3", "img_in.scale_weight": "F32"}, "8-bit floats with scales (ComfyUI's fp8)"),
+        ({"a.weight_scale": "F8_E4M3", "a.weight_scale_2": "F32"}, "4-bit floats with scales (ComfyUI's nvfp4)"),
+        ({"a.weight": "U8", "a.weight.absmax": "U8"}, "integers of bitsandbytes"),
+        ({"a.qweight": "I32"}, "integers of GPTQ, AWQ or Nunchaku"),
+        ({"a.weight._data": "I8", "a.weight._scale": "BF16"}, "integers of quanto"),
+    ],
+)  # fmt: skip
+def test_packings_of_other_tools_are_told_apart(dtypes: dict[str, str], words: str | None) -> None:
+    assert shapes.packed_elsewhere(dtypes) == words

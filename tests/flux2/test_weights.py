@@ -211,14 +211,14 @@ def test_missing_extra_misshapen_and_mistyped_tensors_are_all_said_at_once(tmp_p
     del file["single_blocks.2.linear2.weight"]
     file["img_in.bias"] = Tensor("F32", np.zeros(16, np.float32))
     file["txt_in.weight"] = Tensor("BF16", np.zeros((24, 16), np.uint16))
-    file["final_layer.linear.weight"] = Tensor("F8_E4M3", np.zeros((16, 16), np.uint8))
+    file["final_layer.linear.weight"] = Tensor("I16", np.zeros((16, 16), np.int16))
     lines = faults(write(tmp_path, file))
     assert lines.keys() == {"missing", "extra", "shape", "dtype"}
     assert "2 tensors are missing" in lines["missing"]
     assert "img_in.weight, single_blocks.2.linear2.weight" in lines["missing"]
     assert "img_in.bias" in lines["extra"]
     assert "txt_in.weight [24, 16] instead of [16, 24]" in lines["shape"]
-    assert "final_layer.linear.weight F8_E4M3" in lines["dtype"]
+    assert "final_layer.linear.weight I16" in lines["dtype"]
     assert all(str(tmp_path) in line and "fix:" in line for line in lines.values())
 
 
