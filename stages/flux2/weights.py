@@ -230,7 +230,7 @@ def _refuse_packed(headers: Mapping[Path, Header], found: Mapping[str, _Found]) 
             where=str(next(iter(headers))),
             why=f"found {recognise({name: one.entry.shape for name, one in found.items()})}, "
             f"expected {', '.join(WEIGHT_DTYPES)} or what MLX packs",
-            fix="use the file with the full weights (bf16); model.quantize and encode_text.quantize pack them as they load",
+            fix="use the file with the full weights (bf16): the settings of quantize pack what is loaded",
         )
 
 
