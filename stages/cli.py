@@ -68,13 +68,20 @@ FLAGS = {
 }
 OWN_FLAGS = {
     "train": {"resume-only": "Refuse to start a new trajectory (exit 5)."},
-    "verify": {"quick": "Look at presence, sizes and manifests only."},
+    "verify": {
+        "quick": "Look at presence, sizes and manifests only.",
+        "deep": "Decode every record, and validate the dataset again.",
+    },
 }
 OWN_OPTIONS = {
     "train": [
         click.Option(
             ["--profile"], type=click.IntRange(0, 10_000), metavar="N", default=0, help="Time the first N steps."
         )
+    ],
+    "verify": [
+        click.Option(["--subset"], metavar="N/T|P%", default="", help="Read one part of T, or a random share."),
+        click.Option(["--recompute"], metavar="P%", default="", help="Encode a random share of records again."),
     ],
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 118}

@@ -27,7 +27,7 @@ STAGE = "--config -c --set --store --also --runs --force --explain --wait --para
 OPTIONS = {
     **dict.fromkeys(("validate", "encode-latents", "encode-text", "preview"), STAGE),
     "train": f"{STAGE} --resume-only --profile",
-    "verify": f"{STAGE} --quick",
+    "verify": f"{STAGE} --quick --deep --subset --recompute",
     "run": "pictures --model --trigger --output -o --max-steps --save-every-n-steps --resolution --rank "
     "--learning-rate --batch-size --seed --validation-prompt --validation-seed --validation-size "
     "--store --runs --json --quiet -q --debug",

@@ -20,6 +20,7 @@ ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "pipel
 ROOMS = {
     "cli": 0,
     "verb": 1,
+    "inspection": 1.5,
     "pretraining": 1.5,
     "pages": 1.5,
     "training": 2,

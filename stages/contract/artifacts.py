@@ -206,8 +206,14 @@ def read_receipt(run_folder: Path, stage: str) -> Receipt | None:
 def write_receipt(run_folder: Path, manifest: Manifest) -> None:
     """Point the run at an artifact; an equal receipt is left untouched."""
     receipt = Receipt(stage=manifest.stage, key=manifest.key, digest=manifest.digest)
-    if read_receipt(run_folder, manifest.stage) != receipt:
-        write_file(run_folder / f"{manifest.stage}.json", msgspec.json.format(canonical_json(receipt)) + b"\n")
+    path, data = run_folder / f"{manifest.stage}.json", receipt_bytes(receipt)
+    if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
+        write_file(path, data)
+
+
+def receipt_bytes(receipt: Receipt) -> bytes:
+    """Return a receipt as it is written."""
+    return msgspec.json.format(canonical_json(receipt)) + b"\n"
 
 
 def restore_file(source: Path, target: Path, digests: StatCache) -> None:

@@ -24,6 +24,9 @@ class Flags:
     quiet: bool = False
     resume_only: bool = False
     quick: bool = False
+    deep: bool = False
+    subset: str = ""
+    recompute: str = ""
     paranoid: bool = False
     profile: int = 0
 

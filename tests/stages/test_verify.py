@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -42,7 +43,8 @@ def test_whole_run_has_no_findings(project: Project) -> None:
     assert ran.counts["checked"] > 30
     assert Path(ran.result["path"]) == (project.results / "verify.json").absolute()
     report = msgspec.json.decode((project.results / "verify.json").read_bytes())
-    assert (report["errors"], report["not_checked"]) == (0, [])
+    assert (report["errors"], report["depth"]) == (0, "default")
+    assert ["--deep" in each or "--recompute" in each for each in report["not_checked"]] == [True] * 3
 
 
 def test_nothing_is_written_but_the_report(project: Project) -> None:
@@ -60,7 +62,7 @@ def test_quick_says_what_it_left_out(project: Project) -> None:
     assert (ran.code, ran.counts["errors"]) == (0, 0)
     report = msgspec.json.decode((project.results / "verify.json").read_bytes())
     assert report["depth"] == "quick"
-    assert len(report["not_checked"]) == 3
+    assert sum("--quick" in each for each in report["not_checked"]) == 4
 
 
 PLACES = {
@@ -199,3 +201,71 @@ def test_run_that_never_was_names_every_stage(project: Project) -> None:
 def test_moved_project_is_whole(project: Project, tmp_path: Path) -> None:
     shutil.move(project.root, tmp_path / "moved")
     assert Project(tmp_path / "moved").run("verify").code == 0
+
+
+def report(project: Project) -> dict[str, Any]:
+    return msgspec.json.decode((project.results / "verify.json").read_bytes())
+
+
+def reads(project: Project, *flags: str) -> set[str]:
+    """Return the files whose flipped bit such a verify finds."""
+    found = set()
+    for path in sorted((project.store / "fragments").rglob("*")):
+        if path.is_file():
+            whole = path.read_bytes()
+            flip(path)
+            if project.run("verify", *flags).code:
+                found.add(path.name if path.suffix else path.parent.name)
+            path.write_bytes(whole)
+    return found
+
+
+def test_parts_of_a_subset_are_different_and_together_everything(project: Project) -> None:
+    parts = [reads(project, "--subset", f"{number}/3") for number in (1, 2, 3)]
+    everything = reads(project)
+    assert set.union(*parts) == everything
+    assert sum(map(len, parts)) == len(everything)
+    assert all(part < everything for part in parts)
+
+
+def test_share_of_all_files_is_a_whole_verify(project: Project) -> None:
+    assert reads(project, "--subset", "100%") == reads(project)
+    assert report(project)["depth"] == "default"
+
+
+def test_deep_reads_every_record_and_the_captions(project: Project) -> None:
+    ran = project.run("verify", "--deep")
+    assert (ran.code, ran.result["findings"]) == (0, [])
+    assert ran.counts["checked"] > project.run("verify").counts["checked"]
+    (project.pictures / "ada.txt").write_text("another caption")
+    assert project.run("verify").code == 0
+    ran = project.run("verify", "--deep")
+    assert (ran.code, ran.error, ran.counts["errors"]) == (5, "dataset.changed", 1)
+    assert ran.result["error"]["where"].endswith("ada.png")
+    assert report(project)["depth"] == "deep"
+
+
+def test_records_made_again_are_equal_to_the_bit_and_counted(project: Project) -> None:
+    ran = project.run("verify", "--recompute", "100%")
+    assert (ran.code, report(project)["recomputed"]) == (0, {"latents_equal": 4, "embeddings_equal": 6})
+    project.run("verify", "--recompute", "1%")
+    assert report(project)["recomputed"] == {"latents_equal": 1, "embeddings_equal": 1}
+    assert report(project)["depth"] == "default, recompute 1%"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--subset", "4/3"), "neither part n/t nor a share"),
+        (("--subset", "0/3"), "neither part n/t nor a share"),
+        (("--subset", "0%"), "is no share"),
+        (("--recompute", "5"), "is no share"),
+        (("--recompute", "101%"), "is no share"),
+        (("--quick", "--deep"), "exclude each other"),
+        (("--quick", "--recompute", "5%"), "exclude each other"),
+    ],
+)
+def test_depth_that_is_none_is_a_usage_error(project: Project, flags: tuple[str, ...], said: str) -> None:
+    ran = project.run("verify", *flags)
+    assert (ran.code, ran.error) == (2, "usage")
+    assert said in ran.stderr
