@@ -26,31 +26,41 @@ TEMPORARY = ".tmp"
 def workspace(store: Path) -> Generator[Path]:
     """Yield a fresh folder below `<store>/.tmp`, removed afterwards; litter of dead processes is removed first."""
     base = store / TEMPORARY
-    folder = base / uuid.uuid4().hex
     with no_resources(base):
         make_folder(base)
-        sweep(base)
-        with folder.with_suffix(".new").open("w") as lock:
-            # Held as long as this process lives: what tells litter from work in progress. Sweepers see it only then.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            held = Path(lock.name).rename(folder.with_suffix(".lock"))
+        sweep(store)
+        with _held(base) as lock:
+            folder = lock.with_suffix("")
             folder.mkdir()
             try:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-                held.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
 
-def sweep(base: Path) -> None:
-    """Remove work folders below `base` whose owner is gone."""
-    for path in base.glob("*.lock"):
+@contextlib.contextmanager
+def _held(base: Path) -> Generator[Path]:
+    """Hold a new lock file as long as this process lives: what tells work in progress from litter."""
+    while True:
+        path = base / f"{uuid.uuid4().hex}.lock"
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Until it was held, somebody's sweep could take it for litter.
+            if path.exists():
+                yield path
+                return
+
+
+def sweep(store: Path) -> None:
+    """Remove the work folders in a store whose owner is gone; what cannot be removed is left for another time."""
+    for path in (store / TEMPORARY).glob("*.lock"):
         try:
             with path.open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 path.unlink(missing_ok=True)
-        except (BlockingIOError, FileNotFoundError):
+        except OSError:
             continue
 
 

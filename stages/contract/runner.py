@@ -30,7 +30,7 @@ from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.locks import hold
-from stages.contract.publish import no_resources, publish_folder, workspace
+from stages.contract.publish import no_resources, publish_folder, sweep, workspace
 
 STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
 PACKAGES = ("mlx", "numpy", "pillow", "zarr", "pyarrow", "tokenizers")
@@ -193,6 +193,8 @@ def run_stage(stage: Stage, job: Job) -> Outcome:
             if done is None:
                 return _build(stage, job, plan, key, started)
     manifest, folder = done
+    # Of a process that died after publishing, nobody else would.
+    sweep(job.store)
     with no_resources(job.run_folder):
         stage.restore(job, folder, manifest)
         write_receipt(job.run_folder, manifest)

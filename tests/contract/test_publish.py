@@ -241,17 +241,19 @@ def test_litter_of_a_dead_process_is_swept_and_a_living_ones_work_stays(tmp_path
 def test_sweeper_that_comes_before_the_lock_is_held_takes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock = fcntl.flock
+    flock, taken = fcntl.flock, []
 
     def late(file: object, operation: int) -> None:
-        if operation == fcntl.LOCK_EX:
-            sweep(tmp_path / ".tmp")
+        if operation == fcntl.LOCK_EX and not taken:
+            taken.extend((tmp_path / ".tmp").iterdir())
+            sweep(tmp_path)
         flock(file, operation)  # type: ignore[arg-type]
 
     monkeypatch.setattr(publish.fcntl, "flock", late)
     with workspace(tmp_path) as work:
+        assert [path.exists() for path in taken] == [False]
         assert work.with_suffix(".lock").exists()
-        sweep(tmp_path / ".tmp")
+        sweep(tmp_path)
         assert work.exists()
 
 
@@ -278,8 +280,7 @@ def test_damaged_target_is_gone_or_whole_wherever_its_replacer_dies(tmp_path: Pa
     assert states == {"damaged", None, "1"}
     assert contents(target) == {"a": "1", "b": "1"}
     assert {path.name for path in tmp_path.iterdir()} == {"artifact", "receipt", ".tmp"}
-    # An empty file at most, of a process that died between making its lock and taking it.
-    assert {path.suffix for path in (tmp_path / ".tmp").iterdir()} <= {".new"}
+    assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 def test_two_processes_writing_one_file_leave_the_bytes_of_one(tmp_path: Path) -> None:
