@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.faults.bars import BARS
+from tests.faults.children import Bench, NoShim
+from tests.faults.children import bench as made_bench
 
 Count = Callable[[int, int], int]
 Measured = Callable[[str, str], None]
@@ -99,3 +101,13 @@ def state(outcomes: set[str]) -> str:
     if "failed" in outcomes:
         return "FAILED"
     return "passed" if "passed" in outcomes else "not run"
+
+
+@pytest.fixture(scope="session")
+def bench() -> Iterator[Bench]:
+    """Commands whose system calls fail as told; skips where that cannot be had."""
+    try:
+        with made_bench(library=True) as made:
+            yield made
+    except NoShim as reason:
+        pytest.skip(str(reason))

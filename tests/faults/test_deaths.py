@@ -1,0 +1,108 @@
+"""Sudden death at any file operation of any writing stage: nothing half-published, and the same command heals it.
+
+Dying before call k+1 is dying after call k, so every call but the last is tried once, and writes also half done.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.faults.children import Bench, result
+from tests.faults.conftest import Count, Measured
+from tests.faults.judge import STAGES, differences, half_published
+from tests.faults.points import BEYOND, calls, chosen, distinct
+from tests.faults.zygote import Fault
+
+SAMPLE = {"kill": 3, "torn": 1}
+# An artifact made at its final place, as if nothing could happen between two writes.
+NAIVE = """
+import json, os
+from hashlib import sha256
+from pathlib import Path
+arm()
+key = Path("store/validate") / ("0" * 64)
+if not key.exists():
+    key.mkdir(parents=True)
+    for name in ("a", "b"):
+        (key / name).write_bytes(name.encode() * 1000)
+    files = {name: {"sha256": sha256(name.encode() * 1000).hexdigest()} for name in ("a", "b")}
+    (key / "manifest.json").write_text(json.dumps({"files": files}))
+"""
+
+
+@dataclass
+class Sweep:
+    """What a number of deaths came to: moments at which something half was seen, or that did not heal."""
+
+    tried: int = 0
+    half: list[str] = field(default_factory=list[str])
+    unhealed: list[str] = field(default_factory=list[str])
+
+    def of(self, bad: Sequence[str]) -> str:
+        return f"{self.tried - len({each.partition(':')[0] for each in bad})} of {self.tried}"
+
+
+def deaths(bench: Bench, stage: str, mode: str, count: Count) -> Sweep:
+    """Kill `stage` at its calls, one by one; judge what is left, run on to the end of the chain, and compare."""
+    found = distinct(calls(bench.ran[stage].log, "w"))
+    numbers = [call.number for call in found if mode == "kill" or call.operation == "write"]
+    if mode == "kill":
+        numbers += [numbers[-1] + extra for extra in range(1, BEYOND + 1)]
+    sweep = Sweep()
+    for number in chosen(numbers, count, SAMPLE[mode]):
+        bench.put(bench.before(stage))
+        died = bench.stage(stage, Fault(at=number, mode=mode))
+        assert died.code in (-signal.SIGKILL, 0), died.err
+        sweep.tried += 1
+        sweep.half += [f"{number}: {each}" for each in half_published(bench.root, bench.reference)]
+        sweep.unhealed += [f"{number}: {each}" for each in unhealed(bench, stage)]
+    return sweep
+
+
+def unhealed(bench: Bench, stage: str) -> list[str]:
+    """Run the plain command again and return in what the project differs from one that never failed.
+
+    After a training previews are drawn too: what it did not get to draw is for them to fill in.
+    """
+    again = [stage, "preview"] if stage == "train" else [stage]
+    for each in again:
+        ran = bench.stage(each)
+        if ran.code != 0:
+            return [f"{each} again: exit {ran.code}, {ran.err}"]
+        if result(ran)["digest"] != result(bench.ran[each])["digest"]:
+            return [f"{each} again: another digest"]
+    return differences(bench.root, bench.after[again[-1]])
+
+
+def test_naive_writer_is_caught(bench: Bench) -> None:
+    """The harness has teeth: 8 of 12 of its deaths leave a half artifact, and none of those heals."""
+    bench.put(bench.after["nothing"])
+    bench.ask([], script=NAIVE)
+    caught = 0
+    number = 0
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        number += 1
+        bench.put(bench.after["nothing"])
+        code = bench.ask([], Fault(at=number, mode="kill"), NAIVE).code
+        before = half_published(bench.root, bench.reference)
+        assert bench.ask([], script=NAIVE).code == 0
+        caught += bool(before) and half_published(bench.root, bench.reference) == before
+    assert caught >= 8
+
+
+@pytest.mark.bar("Q1", "Q2")
+@pytest.mark.parametrize("mode", ["kill", "torn"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_death_at_any_moment_leaves_nothing_half_and_the_same_command_heals(
+    bench: Bench, stage: str, mode: str, count: Count, measured: Measured
+) -> None:
+    sweep = deaths(bench, stage, mode, count)
+    measured("Q1", f"{stage}, {mode}: nothing half-published at {sweep.of(sweep.half)}")
+    measured("Q2", f"{stage}, {mode}: the reference again, no litter, at {sweep.of(sweep.unhealed)}")
+    assert sweep.half == []
+    assert sweep.unhealed == []
