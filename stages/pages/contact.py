@@ -9,8 +9,9 @@ from typing import Any
 from schemas.errors import RejectedInput
 from schemas.tables import CAPTIONS, DATASET
 from stages.contract.digests import sha256_bytes
+from stages.dataset.decoder import decoders
 from stages.dataset.draws import read_draws
-from stages.dataset.pixels import DECODER_ERRORS, pixels, read_picture
+from stages.dataset.pixels import read_picture
 from stages.pages.pictures import data_uri
 from stages.pages.record import Record
 from stages.stores.tables import read_table
@@ -25,7 +26,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Card:
-    """One training picture: where it lies, its captions and buckets; without `src`, `missing` says why."""
+    """One training picture: where it lies, its captions and buckets; without `src`, `missing` says why.
+
+    Both are empty where nothing says in which folder the pictures are.
+    """
 
     path: str
     captions: Sequence[str]
@@ -90,21 +94,19 @@ def _thumbnail(record: Record, path: str, row: Row) -> tuple[str, str]:
     from PIL import Image
 
     if record.config is None:
-        return "", "no picture: the pipeline's file is not known (--config)"
-    try:
-        data = read_picture(record.base / record.config.validate.dataset / path, path)
-    except RejectedInput:
-        return "", "the picture is gone"
-    # What lies there now may be another picture of that name.
-    if sha256_bytes(data) != row["image_sha256"]:
-        return "", "the picture was changed since"
+        return "", ""
     bucket = (row["bucket_width"], row["bucket_height"])
     share = min(1.0, THUMBNAIL_PX / max(bucket))
-    size = (round(bucket[0] * share), round(bucket[1] * share))
+    size = (max(1, round(bucket[0] * share)), max(1, round(bucket[1] * share)))
     x0, y0, x1, y1 = row["crop"]
     try:
-        values = pixels(data, (x0, y0, x1, y1), size, row["background"])
-    except (RejectedInput, MemoryError, *DECODER_ERRORS):
-        return "", "the picture cannot be read"
+        data = read_picture(record.base / record.config.validate.dataset / path, path)
+        # What lies there now may be another picture of that name.
+        if sha256_bytes(data) != row["image_sha256"]:
+            return "", "the picture was changed since"
+        ask = decoders(record.config.validate.max_megapixels)
+        values = ask.pixels(data, (x0, y0, x1, y1), size, row["background"], where=path)
+    except RejectedInput as error:
+        return "", error.faults[0].what
     upright = np.clip((values.transpose(1, 2, 0) + 1) * 127.5, 0, 255).round().astype(np.uint8)
     return data_uri(Image.fromarray(upright), THUMBNAIL_QUALITY), ""

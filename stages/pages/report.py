@@ -37,6 +37,8 @@ def report_page(record: Record) -> Page:
     remarks = [*record.remarks, *unreadable, *damage]
     if not films:
         remarks.append("There are no previews.")
+    if contact and record.config is None:
+        remarks.append("The pictures are not shown: name the pipeline's file with --config, it knows where they are.")
     drawn = panels(record.metrics)
     data = render(
         "report.html",

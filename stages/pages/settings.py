@@ -33,9 +33,11 @@ REQUIRED: dict[str, dict[str, Any]] = {"validate": {"dataset": ""}}
 # What the stage worked out itself, or took from the model.
 WORKED_OUT = {
     "validate": ("plan_version", "text_length"),
-    "encode-text": ("layers", "length", "prompts", "class_captions"),
+    "encode-text": ("layers", "length", "class_captions"),
     "preview": ("steps", "guidance"),
 }
+# Said elsewhere: it encodes what `preview.prompts` asks for.
+TWICE = "encode_text.prompts"
 ABSENT = "not set"
 
 
@@ -54,7 +56,8 @@ def settings_of(record: Record) -> list[Setting]:
     params = {stage: manifest.params for stage, manifest in record.made.items()}
     if record.training is not None:
         params["train"] = dict(record.training.params)
-    return [each for stage in TABLES if stage in params for each in _of_stage(stage, params[stage])]
+    found = [each for stage in TABLES if stage in params for each in _of_stage(stage, params[stage])]
+    return [each for each in found if each.name != TWICE]
 
 
 def differing(records: Sequence[Record]) -> list[tuple[str, list[str]]]:

@@ -107,12 +107,7 @@ class Project:
 
     def run(self, stage: str, *more: str, sets: tuple[str, ...] = ()) -> Ran:
         """Run a stage, whatever comes of it; `sets` are assignments for --set."""
-        arguments = [*self.arguments(stage, *more), *(part for each in sets for part in ("--set", each))]
-        out, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            code = run(arguments)
-        out.seek(0)
-        return Ran(code, msgspec.json.decode(out.read()), errors.getvalue())
+        return command(*self.arguments(stage, *more), *(part for each in sets for part in ("--set", each)))
 
     def make(self, *stages: str, sets: tuple[str, ...] = ()) -> dict[str, Ran]:
         """Run `stages` (unless named, all that make something) and expect each to end well."""
@@ -124,6 +119,15 @@ class Project:
     def copy(self, root: Path) -> Project:
         shutil.copytree(self.root, root, dirs_exist_ok=True)
         return Project(root, self.name)
+
+
+def command(*arguments: str) -> Ran:
+    """Run a command line, `--json` among its arguments, whatever comes of it."""
+    out, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = run(arguments)
+    out.seek(0)
+    return Ran(code, msgspec.json.decode(out.read()), errors.getvalue())
 
 
 def draw(folder: Path, name: str, color: tuple[int, int, int], caption: str = "") -> Path:
