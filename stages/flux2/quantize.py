@@ -17,7 +17,7 @@ from stages.flux2.packing import WORD_BITS, Format
 
 Module = TypeVar("Module", bound=nn.Module)
 # Numbers packed at once: on the CPU MLX takes up to 77 bytes for each of them (nvfp4, 0.32.4) while it packs.
-BLOCK_NUMBERS = 1 << 20
+BLOCK_NUMBERS = 1 << 18
 # What packed numbers and the scales of floats are stored in; affine scales are floats themselves.
 WORDS = (mx.uint32, mx.uint8)
 

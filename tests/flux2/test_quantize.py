@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from schemas.quantize import Quantize
 from stages.flux2 import quantize
 from stages.flux2.packing import FORMATS, Format
 from stages.flux2.quantize import FrozenLinear, fill, held_as, packed, unpacked
+from tests.flux2 import loading
 from tests.golden import tiny
 
 FORMS = list(FORMATS.values())
 # Relative error of a normal matrix, rms: measured 0.0085, 0.091, 0.027, 0.117, 0.096.
 ROUNDING = {"8bit": 0.01, "4bit": 0.1, "mxfp8": 0.03, "mxfp4": 0.13, "nvfp4": 0.11}
+
+
+# Half of klein 4B's width and a few of its blocks: 390 MB. `loading.py` measures any size.
+SIZE = (12, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def loadable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file of that size, gone afterwards."""
+    path = loading.file_of(tmp_path_factory.mktemp("loadable"), SIZE)
+    yield path
+    path.unlink()
 
 
 class Net(nn.Module):
@@ -145,6 +160,14 @@ def test_what_comes_packed_is_taken_as_it_is_or_unpacked(form: Format, monkeypat
     block = second.single_blocks[0]["linear1"]
     assert all(mx.array_equal(block[part], first.single_blocks[0]["linear1"][part]).item() for part in form.parts)
     assert mx.array_equal(second.img_in.weight, unpacked(inside, form, mx.float32)).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["8bit", "4bit"])
+def test_loading_peaks_near_the_packed_size(loadable: Path, form: Quantize) -> None:
+    found = loading.measured(loadable, SIZE, form)
+    assert found["held"] < 0.65 * found["file"]
+    assert found["peak"] - found["before"] <= 1.15 * found["held"] + found["largest"]
 
 
 def test_scales_of_other_types_become_bfloat16() -> None:
