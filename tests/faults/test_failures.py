@@ -1,0 +1,88 @@
+"""A full disk, a failing device, an interrupted call, a read that fails or ends early: an error, or the right result.
+
+An error is one of ours: exit 7 (for reads also 3 to 5) and lines with a code and a remedy. Exit 0 means that all is
+there. Neither ever leaves anything half-published.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+import pytest
+
+from tests.faults.children import Bench, result
+from tests.faults.conftest import Count, Measured
+from tests.faults.judge import STAGES, differences, half_published
+from tests.faults.points import calls, chosen, distinct
+from tests.faults.zygote import Answer, Fault
+
+ERROR = re.compile(r"^error\[[a-z_.]+\] .*fix: ", re.MULTILINE)
+RESOURCES = 7
+READING = (3, 4, 5, RESOURCES)
+# Which calls can fail so, and whether for good.
+WRITE_FAULTS = {
+    "no space, once": (errno.ENOSPC, ("open", "mkdir", "write", "fsync", "rename"), False),
+    "no space, for good": (errno.ENOSPC, ("open", "mkdir", "write", "fsync", "rename"), True),
+    "device fails, once": (errno.EIO, ("write", "fsync", "close", "rename"), False),
+    "device fails, for good": (errno.EIO, ("write", "fsync", "close", "rename"), True),
+    "interrupted": (errno.EINTR, ("open", "write", "fsync", "truncate"), False),
+}
+READ_FAULTS = {"device fails": "errno", "half": "short", "ends": "ended"}
+# Reads of a stage that are tried: there are thousands, most of them of the model's tensors.
+MOST_READS = 60
+
+
+def wrong(bench: Bench, stage: str, ran: Answer, codes: tuple[int, ...]) -> list[str]:
+    """Return what is wrong with how a command ended under a fault."""
+    found = half_published(bench.root, bench.reference)
+    if ran.code == 0 and result(ran)["digest"] != result(bench.ran[stage])["digest"]:
+        found.append("exit 0 with another digest")
+    if ran.code == 0 and stage != "train":
+        # A training goes on without a checkpoint that could not be saved, and says so.
+        found += differences(bench.root, bench.after[stage])
+    if ran.code not in (0, *codes):
+        found.append(f"exit {ran.code}: {ran.err[-1500:]}")
+    if ran.code in codes and not ERROR.search(ran.err):
+        found.append(f"exit {ran.code} without a remedy: {ran.err[-1500:]}")
+    return found
+
+
+@pytest.mark.bar("Q4")
+@pytest.mark.parametrize("name", WRITE_FAULTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_failing_write_is_an_error_or_harmless(
+    bench: Bench, stage: str, name: str, count: Count, measured: Measured
+) -> None:
+    number, operations, sticky = WRITE_FAULTS[name]
+    points = [call.number for call in distinct(calls(bench.ran[stage].log, "w")) if call.operation in operations]
+    bad: list[str] = []
+    tried, ended = chosen(points, count, 1), {0: 0, RESOURCES: 0}
+    for at in tried:
+        bench.put(bench.before(stage))
+        ran = bench.stage(stage, Fault(at=at, mode="errno", errno=number, sticky=sticky))
+        ended[ran.code] = ended.get(ran.code, 0) + 1
+        bad += [f"{at}: {each}" for each in wrong(bench, stage, ran, (RESOURCES,))]
+        if name == "interrupted" and ran.code != 0:
+            bad.append(f"{at}: an interrupted call ended the command: {ran.err}")
+    bads = len({each.partition(":")[0] for each in bad})
+    measured("Q4", f"{stage}, {name}: {len(tried) - bads} of {len(tried)} right (exit codes {ended})")
+    assert bad == []
+
+
+@pytest.mark.bar("Q5")
+@pytest.mark.parametrize("name", READ_FAULTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_failing_read_is_an_error_or_harmless(
+    bench: Bench, stage: str, name: str, count: Count, measured: Measured
+) -> None:
+    points = [call.number for call in distinct(calls(bench.ran[stage].log, "r")) if call.operation == "read"]
+    bad: list[str] = []
+    tried = chosen(points, count, 1)[:: max(len(points) // MOST_READS, 1)]
+    for at in tried:
+        bench.put(bench.before(stage))
+        ran = bench.stage(stage, Fault(side="read", at=at, mode=READ_FAULTS[name], errno=errno.EIO))
+        bad += [f"{at}: {each}" for each in wrong(bench, stage, ran, READING)]
+    bads = len({each.partition(":")[0] for each in bad})
+    measured("Q5", f"{stage}, {name}: {len(tried) - bads} of {len(tried)}, of {len(points)} reads")
+    assert bad == []
