@@ -47,6 +47,8 @@ ROTATION = "training/test_rotation.py::test_rule_names_what_goes"
 PART = f"{STAGES}::test_part_of_a_model_is_read_where_the_setting_says"
 PICTURE = f"{STAGES}::test_every_setting_of_previews_draws_another_picture_of_the_same_lora"
 UP_TO_DATE = f"{STAGES}::test_setting_in_no_key_leaves_a_training_up_to_date"
+COLLAPSE = "training/test_guards.py::test_collapse_factor_and_collapse_patience_say_what_a_collapse_is"
+COLLAPSES = f"{VALIDATION}::test_collapsing_training_is_warned_of_and_ends_with_exit_8_and_whole_checkpoints"
 NOISE = f"{STAGES}::test_seed_of_validation_draws_another_noise_and_trains_the_same"
 ANY_PLACE = "stages/test_chain.py::test_run_name_and_places_change_no_digest"
 
@@ -269,6 +271,8 @@ SHOWN = {
     "train.validation.names": f"{VALIDATION}::test_held_out_picture_is_not_trained_on",
     "train.validation.seed": NOISE,
     "train.validation.sigmas": f"{VALIDATION}::test_loss_is_the_mean_over_the_noise_levels_of_the_settings",
+    "train.validation.collapse_factor": COLLAPSE,
+    "train.validation.collapse_patience": COLLAPSE,
     "preview.distilled": (
         "stages/test_preview.py::test_distilled_sibling_draws_in_four_steps_without_guidance_after_training"
     ),
@@ -306,6 +310,8 @@ UNKEYED = {
     "train.validation.every": f"{VALIDATION}::test_how_often_and_where_it_is_measured_changes_no_bit",
     "train.validation.seed": NOISE,
     "train.validation.sigmas": f"{VALIDATION}::test_how_often_and_where_it_is_measured_changes_no_bit",
+    "train.validation.collapse_factor": COLLAPSES,
+    "train.validation.collapse_patience": COLLAPSES,
     "preview.during_training": UP_TO_DATE,
 }
 

@@ -22,10 +22,10 @@ from stages.dataset.order import PhasedOrder
 from stages.training import objective
 from stages.training.control import LOOK_SECONDS, Control
 from stages.training.data import Batch, Sample, TrainingData, ahead
-from stages.training.guards import Guards, Line
+from stages.training.guards import INITIAL_STEPS, SILENT, Guards, Line
 from stages.training.interruption import Interruption
 from stages.training.memory import is_out_of_memory
-from stages.training.objective import joined, masked, prepare, preserving, with_prior
+from stages.training.objective import joined, masked, prepare, preserving, silent_loss, with_prior
 from stages.training.profile import BUILD, READ, RECORD, SAVE, Profile
 from stages.training.randomness import distinct, dropped, uniform
 from stages.training.step import StepResult, Trainer
@@ -87,8 +87,8 @@ class Loop:
         """
         order = self.data.order(self.settings, self.seed)
         start, stop = self.trainer.steps, self.settings.steps
-        self._guards = Guards(self.trainer.factors)
-        self._late: tuple[int, StepResult] | None = None
+        self._guards = Guards(self.trainer.factors, self.warn)
+        self._late: tuple[int, StepResult, dict[str, mx.array]] | None = None
         self._saved = (start, True)
         self._unsaved = self._starved = 0
         self._paused = False
@@ -112,14 +112,16 @@ class Loop:
         """Take optimizer step `step` (from 0); read the numbers of the one before while it runs."""
         try:
             with self.profile.phase(BUILD):
-                result = self.trainer.step(self._prepared(window, step), window.share)
+                prepared = self._prepared(window, step)
+                result = self.trainer.step(prepared, window.share)
+                initial = {SILENT: silent_loss(prepared, self.settings.loss)} if step < INITIAL_STEPS else {}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             why = str(error)
         else:
             self._settle()
-            self._late = (step + 1, result)
+            self._late = (step + 1, result, initial)
             self._starved = 0
             if self.at_once(step + 1):
                 self._settle()
@@ -281,9 +283,10 @@ class Loop:
         """Read the numbers of the last step. Raises Diverged after too many that are not finite."""
         if self._late is None:
             return
-        (step, result), self._late = self._late, None
+        (step, result, initial), self._late = self._late, None
         loss, norm = float(np.array(result.loss)), float(np.array(result.grad_norm))
         line = self._line(step, loss, result.learning_rate, norm)
+        line |= {name: float(np.array(value)) for name, value in initial.items()}
         self._guards.step(line, finite=bool(np.array(result.finite)))
         self._hand_on(line)
 

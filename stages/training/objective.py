@@ -66,8 +66,22 @@ def loss(transformer: Transformer, batch: Batch, kind: Loss | None = None) -> mx
     A picture's error is the mean over its cells, by their weights, of the mean over channels of the pointwise loss of
     prediction - target; `kind` absent is the square.
     """
+    return _mean_error(batch, predict(transformer, batch), kind)
+
+
+def silent_loss(batches: Sequence[Batch], kind: Loss | None = None) -> mx.array:
+    """Return the loss of a window's batches for a model that answers zero everywhere, a float32 scalar.
+
+    With whitened latents and no weights it is about E|noise - latents|^2 = 2, whatever the noise levels.
+    """
+    counts = [batch.latents.shape[0] for batch in batches]
+    errors = [_mean_error(batch, mx.zeros((1, 1, 1)), kind) for batch in batches]
+    return mx.array(sum(count * error for count, error in zip(counts, errors, strict=True)) / sum(counts))
+
+
+def _mean_error(batch: Batch, prediction: mx.array, kind: Loss | None) -> mx.array:
     target = velocity(batch.latents, batch.noise) if batch.target is None else batch.target
-    errors = pointwise(kind or Mse(), predict(transformer, batch) - pack(target))
+    errors = pointwise(kind or Mse(), prediction - pack(target))
     if batch.cells is None:
         return (batch.weights * errors.mean(axis=(1, 2))).mean()
     cells = pack(batch.cells)[..., 0]

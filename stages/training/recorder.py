@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from stages.training.checkpoints import (
     trajectory_of,
     write_checkpoint,
 )
+from stages.training.guards import Collapse
 from stages.training.loop import Line
 from stages.training.objective import TRAINING_GUIDANCE
 from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
@@ -62,6 +64,8 @@ class Recorder:
         self._trainer = trainer
         self._bar = bar
         self._validator = instruments.validator
+        validation = job.config.train.validation
+        self._collapse = None if validation is None else Collapse(validation, job.warn)
         self._profile = instruments.profile
         self._trackers = instruments.trackers
         # Lines since the last checkpoint, which holds all before it: memory does not grow with the training.
@@ -76,7 +80,10 @@ class Recorder:
         if not self._trainer.steps and self.measures(0):
             self._recent.append({"step": 0, **self._measured(0)})
             self._tell(self._recent[-1])
-        write_file(self._live, metrics_lines(self._history(self._trainer.steps)))
+        history = self._history(self._trainer.steps)
+        write_file(self._live, metrics_lines(history))
+        for line in history:
+            self._watch(line)
         self._shots = [(0, NO_LORA), *self._shots_before()]
         self._draw(None, 0, NO_LORA)
 
@@ -93,6 +100,7 @@ class Recorder:
         self._tell(line)
         self._bar.measure(Measures(line["loss"], line["learning_rate"], int(line["peak_bytes"])))
         self._bar.advance(1)
+        self._watch(line)
 
     def checkpoint(self, step: int, public: bool) -> None:  # noqa: FBT001
         """Publish the state; a public one also gives its LoRA file and pictures."""
@@ -146,6 +154,13 @@ class Recorder:
             return {}
         with self._profile.phase(VALIDATE), self._bar.paused(f"validating step {step}"):
             return {"validation_loss": self._validator.loss(self._trainer.transformer, self._trainer.factors)}
+
+    def _watch(self, line: Line) -> None:
+        """Raise Diverged when a line's validation loss, if it has one, ends the training."""
+        if self._collapse is not None and "validation_loss" in line:
+            loss = line["validation_loss"]
+            # What was not finite comes back from a file as nothing.
+            self._collapse.measured(int(line["step"]), math.nan if loss is None else loss)
 
     def _shots_before(self) -> list[tuple[int, str]]:
         """Return the steps already shown, each with the digest of its LoRA."""

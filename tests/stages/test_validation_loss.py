@@ -113,6 +113,30 @@ def test_pictures_of_the_class_are_never_held_out(untrained: Project) -> None:
     assert untrained.run("train", sets=(*sets, "train.validation.pictures=3")).code == 0
 
 
+def test_collapsing_training_is_warned_of_and_ends_with_exit_8_and_whole_checkpoints(untrained: Project) -> None:
+    # Steps of this rate ruin a model; a checkpoint a step, so that a second run goes on from the last.
+    sets = (*ON, "train.validation.every=1", "train.learning_rate=0.5", "train.checkpoint_every=1", "train.steps=9")
+    strict = (*sets, "train.validation.collapse_factor=1.02", "train.validation.collapse_patience=2")
+    ended = untrained.run("train", sets=strict)
+    assert (ended.code, ended.error) == (8, "train.collapsed")
+    found = losses(untrained)
+    *before, first, last = found.values()
+    assert min(first, last) > 1.02 * min(before)
+    assert f"above 1.02 times its best after step {max(found) - 1}: loss" in ended.stderr
+    again = untrained.run("train", sets=strict)
+    assert (again.code, again.error) == (8, "train.collapsed")
+    assert losses(untrained) == found
+    # What a collapse is, is in no key: the same training goes on, from the checkpoint before the last step.
+    assert untrained.run("train", sets=sets).counts == {"steps": 9, "resumed_from": max(found) - 1}
+    assert untrained.run("train", sets=strict).status == "up to date"
+
+
+def test_first_lines_say_what_a_model_that_answers_nothing_would_cost(untrained: Project) -> None:
+    untrained.make("train", sets=(*QUIET, "train.steps=12"))
+    lines = [msgspec.json.decode(line) for line in (untrained.results / "metrics.jsonl").read_bytes().splitlines()]
+    assert [line["step"] for line in lines if "silent_loss" in line] == list(range(1, 11))
+
+
 def test_held_out_run_is_whole(validated: Project, tmp_path: Path) -> None:
     project = validated.copy(tmp_path / "project")
     project.make("preview", sets=ON)

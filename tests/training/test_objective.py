@@ -26,6 +26,7 @@ from stages.training.objective import (
     predict,
     prepare,
     preserving,
+    silent_loss,
     with_prior,
 )
 from stages.training.step import Trainer
@@ -92,6 +93,27 @@ def test_weights_scale_each_sample_alone(model: Transformer) -> None:
         loss(model, batch._replace(weights=mx.array(weights))) for weights in ([0.5, 1.5], [1.0, 0.0], [0.0, 1.0])
     )
     assert tiny.error(both, 0.5 * first + 1.5 * second) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", [Mse(), Huber(delta=0.3)])
+def test_silent_loss_is_that_of_a_model_that_answers_zero(model: Transformer, kind: Mse | Huber) -> None:
+    assign(model, golden_factors())
+    mask = mx.random.uniform(shape=(2, 1, tiny.HEIGHT, tiny.WIDTH))
+    batch = masked(model, golden_batch(), mask, Mask(outside=0.2, keep_base=True))
+    one = Batch(*(array[:1] for array in golden_batch()[:5]))
+    taking = Trainer(model, Train(loss=kind, gradient_checkpointing=False), 1)
+    model.final_layer.linear.weight = mx.zeros_like(model.final_layer.linear.weight)
+    assert mx.array_equal(loss(model, batch, kind), silent_loss([batch], kind))
+    # Pictures count the same in a window, whatever the sizes of its batches.
+    found = taking.step([batch, one]).loss
+    assert tiny.error(silent_loss([batch, one], kind), found) <= 1e-6
+
+
+def test_whitened_latents_of_any_noise_level_have_a_silent_loss_of_two() -> None:
+    latents, noise = mx.random.normal((2, 4, 8, 32, 32), key=mx.random.key(5))
+    batch = Batch(latents, noise, mx.zeros((4, 7, 24)), mx.array([0.01, 0.3, 0.7, 1.0]), mx.ones(4))
+    assert silent_loss([batch]).item() == pytest.approx(2.0, abs=0.05)
+    assert silent_loss([batch._replace(latents=3 * latents)]).item() == pytest.approx(10.0, abs=0.2)
 
 
 def test_loss_of_bfloat16_streams_is_float32() -> None:
