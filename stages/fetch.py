@@ -56,7 +56,7 @@ class Meter:
     def add(self, count: int, path: str) -> None:
         """Count bytes of a file that came or, below zero, were thrown away."""
         self._done += count
-        self._bar.advance(self._done // MEGABYTE - self._bar.done, note=f"MB, {path}")
+        self._bar.advance(self._done // MEGABYTE - self._bar.done, note=path)
 
 
 def hub_id(model: str) -> str:
@@ -79,7 +79,8 @@ def absent_files(published: Published, snapshot: Snapshot, *, quiet: bool) -> li
     digests = StatCache(snapshot.root / "digests.sqlite")
     there = {file: path for file in published.files if (path := present(snapshot, file)) is not None}
     absent = set(published.files) - there.keys()
-    with progress("check", total=sum(file.size for file in there) // MEGABYTE, quiet=quiet) as bar:
+    total = sum(file.size for file in there) // MEGABYTE
+    with progress("check", total=total, unit="MB", quiet=quiet or not there) as bar:
         meter = Meter(bar)
         for file, path in there.items():
             if not keep(snapshot, file, path, digests):
@@ -107,7 +108,7 @@ def load_all(published: Published, absent: Sequence[File], snapshot: Snapshot, *
     """Load the absent files, small ones first. Raises what `load` raises, NoResources for another kind of model."""
     total = sum(file.size for file in published.files)
     done = total - sum(file.size - partial_bytes(snapshot, file) for file in absent)
-    with progress("fetch", total=total // MEGABYTE, done=done // MEGABYTE, quiet=quiet) as bar:
+    with progress("fetch", total=total // MEGABYTE, done=done // MEGABYTE, unit="MB", quiet=quiet) as bar:
         meter = Meter(bar, done)
         for file in absent:
             load(published, snapshot, file, lambda count, path=file.path: meter.add(count, path))

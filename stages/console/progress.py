@@ -57,12 +57,22 @@ class Measures:
 
 
 class Progress:
-    """Counts what a stage has done. `done` of a resumed stage counts towards the total, not towards its rate."""
+    """Counts what a stage has done. `done` of a resumed stage counts towards the total, not towards its rate.
+
+    `unit` is what is counted, where that is not steps or items.
+    """
 
     def __init__(
-        self, stage: str, *, total: int | None, done: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        stage: str,
+        *,
+        total: int | None,
+        done: int = 0,
+        unit: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage = stage
+        self._unit = unit
         self.total = total
         self.done = done
         self.changed: Callable[[], None] = _nothing
@@ -126,7 +136,7 @@ class Progress:
     def snapshot(self) -> Reached:
         """Return the present state, as it is shown."""
         rate = self.rate()
-        note = ", ".join(filter(None, [_rate_text(rate), self._measures.text(), self._note]))
+        note = ", ".join(filter(None, [_rate_text(rate, self._unit), self._measures.text(), self._note]))
         return Reached(
             stage=self.stage,
             done=self.done,
@@ -149,9 +159,11 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(stage: str, *, total: int | None, done: int = 0, quiet: bool = False) -> Generator[Progress]:
+def progress(
+    stage: str, *, total: int | None, done: int = 0, unit: str = "", quiet: bool = False
+) -> Generator[Progress]:
     """Yield what counts a stage's progress, shown until the block ends in the way that suits stderr."""
-    bar = Progress(stage, total=total, done=done)
+    bar = Progress(stage, total=total, done=done, unit=unit)
     if quiet:
         yield bar
         return
@@ -322,9 +334,11 @@ def _waiting(stage: str) -> Reached:
     return Reached(stage=stage, done=0, total=None, seconds=0.0, seconds_left=None, note="waiting")
 
 
-def _rate_text(rate: float | None) -> str:
+def _rate_text(rate: float | None, unit: str) -> str:
     if not rate:
         return ""
+    if unit:
+        return f"{rate:.1f} {unit}/s"
     return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 

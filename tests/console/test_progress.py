@@ -51,6 +51,12 @@ def test_nothing_is_said_of_the_rate_before_two_steps(clock: Clock):
     assert bar.seconds_left() == pytest.approx(16.0)
 
 
+def test_rate_is_told_in_the_unit_counted(clock: Clock):
+    bar = Progress("fetch", total=100, unit="MB", clock=clock)
+    stepped(bar, clock, 3, 4.0)
+    assert bar.snapshot().note == "0.2 MB/s"
+
+
 def test_time_left_runs_down_between_steps(clock: Clock):
     bar = Progress("train", total=10, clock=clock)
     stepped(bar, clock, 5, 10.0)

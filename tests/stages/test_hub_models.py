@@ -12,7 +12,7 @@ import pytest
 from stages.flux2.micro import make_micro
 from stages.stores import tensors
 from stages.stores.tensors import Tensor
-from tests.stages.hub import FIRST, MODEL, SECOND
+from tests.hub.server import FIRST, MODEL, SECOND
 from tests.stages.project import Project, edit, listing, new_project
 
 AUTOENCODER = "vae/diffusion_pytorch_model.safetensors"
