@@ -47,6 +47,9 @@ HELPERS = {
     "compare": "Make one page of several runs side by side.",
     "control": "Ask a training under way to pause, go on, stop, save or draw.",
     "quantize": "Pack a model's weights once, for all runs that hold them so.",
+    "bundle": "Pack what train needs, without the pictures, for another machine.",
+    "unbundle": "Check a bundle and lay it out as a project.",
+    "sign": "Sign what a store holds, so that others may take it.",
     "bench": "Measure training steps on this machine, with random weights.",
 }
 TABLES = {

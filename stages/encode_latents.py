@@ -21,6 +21,7 @@ from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.dataset import pixels
 from stages.dataset.draws import Draw
+from stages.dataset.stand_in import require_pictures
 from stages.flux2.identity import encoder_digest, model_of, model_without_making
 
 if TYPE_CHECKING:
@@ -274,6 +275,7 @@ def _cover(job: Job, missing: Sequence[_WantedMask]) -> dict[str, LatentRow]:
 
 def _proved(job: Job, path: Path, sha256: str) -> bytes:
     """Return a file's bytes. Raises Stale when they are not those that validate saw."""
+    require_pictures(job.dataset, "change the settings back, or name the pictures' folder in validate.dataset")
     try:
         data = path.read_bytes()
     except OSError:

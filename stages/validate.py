@@ -15,8 +15,8 @@ from schemas.validate import MaskSource
 from stages.contract.artifacts import Built, Plan, keyed
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
-from stages.dataset.discover import listing
 from stages.dataset.pixels import PLAN_VERSION
+from stages.dataset.stand_in import contents, require_pictures
 from stages.dataset.statistics import Spread, Statistics
 from stages.flux2.identity import text_length
 
@@ -49,6 +49,9 @@ class Validate:
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Decode everything once; publish nothing when anything is wrong, unless `skip_bad`."""
+        for folder in (job.dataset, class_folder(job)):
+            if folder is not None:
+                require_pictures(folder, "change [validate] and the model back, or name the pictures' folder there")
         from stages.dataset.decoder import decoders
 
         decoders(job.config.validate.max_megapixels).start()
@@ -141,13 +144,7 @@ def class_folder(job: Job) -> Path | None:
 
 def _folder_digest(job: Job, folder: Path, *, masks: bool) -> str:
     """Digest the path and content of every file that counts."""
-    paths = listing(folder, masks=masks)
-    try:
-        digests = job.digests.files([folder / path for path in paths])
-    except OSError:
-        # A file that cannot be read is a fault that `build` lists with all the others; nothing is published then.
-        digests = [f"unread {path}" for path in paths]
-    return digest_of("folder", list(zip(paths, digests, strict=True)))
+    return digest_of("folder", contents(folder, job.digests, masks=masks).files)
 
 
 def _write_tables(work: Path, dataset: Dataset) -> None:

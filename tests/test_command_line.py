@@ -22,7 +22,7 @@ from stages import cli
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "pipelines" / "demo.toml"
-STAGE = "--config -c --set --store --also --runs --force --explain --wait --paranoid --json --quiet --debug"
+STAGE = "--config -c --set --store --also --trust --runs --force --explain --wait --paranoid --json --quiet --debug"
 # New knobs go into the configuration; a new option has to be written here.
 OPTIONS = {
     **dict.fromkeys(("validate", "encode-latents", "encode-text", "preview"), STAGE),
@@ -34,12 +34,15 @@ OPTIONS = {
     "fetch": "model --revision --json --quiet --debug",
     "timesteps": "--config -c --set --runs --draws --json --debug",
     "control": "run action --runs --json --debug",
-    "find-lr": "--config -c --set --store --also --runs --lowest --highest --steps --output -o "
+    "find-lr": "--config -c --set --store --also --trust --runs --lowest --highest --steps --output -o "
     "--json --quiet --debug",
-    "ema": "--config -c --set --store --also --runs --sigma-rel --output -o --json --quiet --debug",
+    "ema": "--config -c --set --store --also --trust --runs --sigma-rel --output -o --json --quiet --debug",
     "report": "run --output -o --config -c --store --also --runs --open --json --debug",
     "compare": "names --output -o --store --also --runs --open --json --debug",
-    "quantize": "--config -c --set --store --also --runs --force --json --quiet --debug",
+    "quantize": "--config -c --set --store --also --trust --runs --force --json --quiet --debug",
+    "bundle": "--config -c --set --store --also --trust --runs --output -o --key --json --quiet --debug",
+    "unbundle": "bundle --output -o --trust --unsigned --json --quiet --debug",
+    "sign": "store --key --json --quiet --debug",
     "bench": "model --size --batch-size --rank --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}

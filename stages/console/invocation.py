@@ -12,14 +12,15 @@ from schemas.errors import BadConfig
 from stages.console import messages
 from stages.contract.config import load_config
 from stages.contract.job import Flags, Job
+from stages.contract.trust import distrusted, require_trust
 
 PATH = click.Path(path_type=Path)
 
 
-def place_options() -> list[click.Parameter]:
+def place_options(*, config_required: bool = True) -> list[click.Parameter]:
     """Return the options that say what to run and where things lie."""
     return [
-        click.Option(["--config", "-c"], required=True, type=PATH, help="The pipeline's TOML file."),
+        click.Option(["--config", "-c"], required=config_required, type=PATH, help="The pipeline's TOML file."),
         click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Override one setting."),
         click.Option(
             ["--store"],
@@ -30,6 +31,7 @@ def place_options() -> list[click.Parameter]:
             help="Folder of artifacts, shared by all runs.",
         ),
         click.Option(["--also"], type=PATH, multiple=True, help="Another store to read from."),
+        click.Option(["--trust"], type=PATH, metavar="FILE", help="Whose signatures count in other people's stores."),
         click.Option(["--runs"], type=PATH, default=Path("runs"), show_default=True, help="Folder of results."),
     ]
 
@@ -41,13 +43,17 @@ def places(command: click.Command) -> click.Command:
 
 
 def job_of(options: dict[str, Any]) -> Job:
-    """Return the job of a command's options. Raises BadConfig as `load_config` does."""
+    """Return the job of a command's options. Raises BadConfig as `load_config` does, Untrusted for others' stores."""
+    also, allowed = options["also"], options["trust"]
+    require_trust(also, allowed)
     return Job(
         config=load_config(options["config"], options["assignments"]),
         config_path=options["config"],
         store=options["store"],
         runs=options["runs"],
-        also=options["also"],
+        also=tuple(store for store in also if not distrusted(store)),
+        foreign=tuple(store for store in also if distrusted(store)),
+        allowed=allowed,
         flags=Flags(**{name: options[name] for name in Flags.__dataclass_fields__ if name in options}),
         say=messages.say,
         warn=messages.warn,

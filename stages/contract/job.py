@@ -37,7 +37,9 @@ def _silent(_: str) -> None:
 
 @dataclass
 class Job:
-    """What a stage is given. `store` is ours and writable; `also` are other people's, read-only.
+    """What a stage is given. `store` is ours and writable; `also` are read-only.
+
+    `foreign` are other people's stores, of which only what the `allowed` signed is taken (stages/contract/trust.py).
 
     `say` and `warn` take a line for the person; `upstream` remembers the artifacts this process has already found.
     """
@@ -47,6 +49,8 @@ class Job:
     store: Path
     runs: Path
     also: tuple[Path, ...] = ()
+    foreign: tuple[Path, ...] = ()
+    allowed: Path | None = None
     flags: Flags = Flags()
     say: Callable[[str], None] = _silent
     warn: Callable[[str], None] = _silent

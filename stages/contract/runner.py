@@ -31,6 +31,7 @@ from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.locks import hold
 from stages.contract.publish import no_resources, publish_folder, sweep, workspace
+from stages.contract.trust import adopt
 
 STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
 PACKAGES = ("mlx", "numpy", "pillow", "zarr", "pyarrow", "tokenizers")
@@ -141,7 +142,7 @@ def upstream(job: Job, name: str) -> tuple[Manifest, Path]:
         return job.upstream[name]
     stage = load_stage(name)
     key = artifact_key(name, stage.version, stage.plan(job))
-    folder = find(name, key, job.stores)
+    folder = find(name, key, job.stores) or adopt(job, name, key)
     if folder is None:
         receipt = read_receipt(job.run_folder, name)
         what = f"{name} has not run" if receipt is None else f"the inputs of {name} changed since it ran"
@@ -227,7 +228,7 @@ def _locks(stage: Stage, job: Job, key: str) -> ExitStack:
 
 def _whole(stage: Stage, job: Job, key: str) -> tuple[Manifest, Path] | None:
     """Return the artifact when it is complete; a damaged one is announced and made again."""
-    folder = find(stage.name, key, job.stores)
+    folder = find(stage.name, key, job.stores) or adopt(job, stage.name, key)
     if folder is None:
         return None
     try:

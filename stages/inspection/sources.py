@@ -25,6 +25,7 @@ def check_dataset(inspection: Inspection, chain: Chain) -> None:
         return
     from schemas.tables import DATASET
     from stages.dataset.draws import read_draws
+    from stages.dataset.stand_in import stands_in
     from stages.stores.tables import read_table
 
     manifest, folder = chain["validate"]
@@ -34,6 +35,9 @@ def check_dataset(inspection: Inspection, chain: Chain) -> None:
         dataset = inspection.job.dataset
     except (Damaged, BadConfig) as error:
         inspection.leave_out(f"the pictures of the dataset ({error.faults[0].what})")
+        return
+    if stands_in(dataset):
+        inspection.leave_out("the pictures of the dataset (they are elsewhere: this came as a bundle)")
         return
     files = {(row["path"], row["image_sha256"], "picture") for row in items}
     files |= {(draw.mask_path, draw.mask_sha256, "mask") for draw in draws.values() if draw.mask_path}

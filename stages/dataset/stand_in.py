@@ -1,0 +1,71 @@
+"""What a folder of pictures holds; or, where a bundle came without them, what it held.
+
+A stand-in is a folder with one file, which lists the path and sha256 of everything that `validate` once saw there. It
+gives the same keys as the pictures, so all that was made of them is found; nothing can be made of it anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from schemas.base import Strict
+from schemas.errors import BadConfig, Damaged, Stale
+from stages.contract.digests import StatCache
+from stages.dataset.discover import listing
+
+STAND_IN = "pictures-elsewhere.json"
+MOST_BYTES = 256 << 20
+
+
+class StandIn(Strict, frozen=True):
+    """(path, sha256) of every file that counted, in the order of `listing`."""
+
+    files: tuple[tuple[str, str], ...]
+
+
+def stands_in(folder: Path) -> bool:
+    """Return whether the pictures of `folder` are elsewhere."""
+    return (folder / STAND_IN).is_file()
+
+
+def contents(folder: Path, digests: StatCache, *, masks: bool) -> StandIn:
+    """Return path and sha256 of every file of `folder` that counts, or counted where a stand-in is all there is.
+
+    Raises Damaged for a stand-in that cannot be read, BadConfig when pictures lie beside it.
+    """
+    if stands_in(folder):
+        return _read(folder, masks=masks)
+    paths = listing(folder, masks=masks)
+    try:
+        found = digests.files([folder / path for path in paths])
+    except OSError:
+        # A file that cannot be read is a fault that `validate` lists with all the others; nothing is published then.
+        found = [f"unread {path}" for path in paths]
+    return StandIn(files=tuple(zip(paths, found, strict=True)))
+
+
+def require_pictures(folder: Path, fix: str) -> None:
+    """Raise Stale when the pictures of `folder` are elsewhere."""
+    if stands_in(folder):
+        what = "this needs the pictures, and the bundle came without them"
+        raise Stale("dataset.elsewhere", what, where=str(folder), fix=fix)
+
+
+def _read(folder: Path, *, masks: bool) -> StandIn:
+    path = folder / STAND_IN
+    if beside := [name for name in listing(folder, masks=masks) if name != STAND_IN]:
+        raise BadConfig(
+            "dataset.stand_in",
+            "pictures, and a list of pictures that are elsewhere",
+            where=str(path),
+            why=f"beside it lies {beside[0]}",
+            fix=f"delete {STAND_IN} to use the pictures",
+        )
+    try:
+        with path.open("rb") as file:
+            return msgspec.json.decode(file.read(MOST_BYTES), type=StandIn)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        fix = "unpack the bundle again"
+        raise Damaged("dataset.stand_in", "cannot read it", where=str(path), why=str(error), fix=fix) from error

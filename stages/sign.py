@@ -1,0 +1,58 @@
+"""sign: give one's word for what a store holds, so that others may take it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from schemas.errors import BadConfig
+from schemas.manifest import Result
+from stages.console import messages
+from stages.console.invocation import PATH
+from stages.contract.publish import no_resources
+from stages.contract.trust import SIGNATURES, sign_store
+
+HELP = """Sign every artifact of a store with an SSH key; sign again after adding to it.
+
+Others who name the store with --also, and the file with your public key with --trust, then take what you signed:
+it is copied into their own store, and every byte is checked on the way. A store of your own needs no signature.
+
+\b
+Example:
+  flux2-lora sign store --key ~/.ssh/id_ed25519
+"""
+
+
+@click.command("sign", help=HELP, context_settings={"max_content_width": 118})
+@click.argument("store", type=PATH)
+@click.option("--key", type=PATH, required=True, help="The SSH key; its public part is for the others.")
+@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+def COMMAND(**options: Any) -> int:
+    """Be the `sign` command."""
+    started = time.monotonic()
+    messages.configure(quiet=options["quiet"])
+    store: Path = options["store"]
+    if not store.is_dir():
+        raise BadConfig("sign.store", "no such store", where=str(store), fix="name the folder of artifacts")
+    with no_resources(store):
+        count = sign_store(store, options["key"].expanduser())
+    messages.say(f"signed {count} artifacts: {store / SIGNATURES}")
+    if options["json"]:
+        result = Result(
+            stage="sign",
+            status="built",
+            key=None,
+            path=str((store / SIGNATURES).absolute()),
+            digest=None,
+            counts={"artifacts": count},
+            seconds=round(time.monotonic() - started, 3),
+            error=None,
+        )
+        messages.result(msgspec.json.encode(result))
+    return 0
