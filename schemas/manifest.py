@@ -75,7 +75,7 @@ class ResultError(Strict, frozen=True):
 
 
 class Result(Strict, frozen=True, omit_defaults=True):
-    """The one object `--json` prints; `findings` only where a stage lists them."""
+    """The one object `--json` prints; `findings` only where a stage lists them, `about` what else one has to say."""
 
     stage: str
     status: Literal["built", "up to date", "failed"]
@@ -86,3 +86,4 @@ class Result(Strict, frozen=True, omit_defaults=True):
     seconds: float
     error: ResultError | None
     findings: list[Fault] | msgspec.UnsetType = msgspec.UNSET
+    about: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET

@@ -85,6 +85,8 @@ OWN_OPTIONS = {
     "verify": [
         click.Option(["--subset"], metavar="N/T|P%", default="", help="Read one part of T, or a random share."),
         click.Option(["--recompute"], metavar="P%", default="", help="Encode a random share of records again."),
+        click.Option(["--model"], default="", help="Judge FILE on this model: a short name, a folder or a hub id."),
+        click.Argument(["file"], required=False, type=click.Path(path_type=Path)),
     ],
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 118}
@@ -135,7 +137,7 @@ def _stage_command(name: str) -> click.Command:
     return click.Command(
         name,
         params=[
-            *place_options(),
+            *place_options(config_required=name != "verify"),
             *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags),
             *OWN_OPTIONS.get(name, []),
         ],
@@ -153,11 +155,18 @@ def _run_stage(name: str, /, **options: Any) -> int:
     del options["debug"]
     messages.configure(quiet=options["quiet"])
     with _interruptible():
+        if name == "verify" and (options["file"] is not None or options["config"] is None):
+            result, code = importlib.import_module("stages.verify").judge_file(options)
+            return _tell(result, code, as_json=as_json)
         job = job_of(options)
         if launched_rank():
             follow_stage(name, job)
             return 0
         result, code = _result(name, job, started)
+    return _tell(result, code, as_json=as_json)
+
+
+def _tell(result: Result, code: int, *, as_json: bool) -> int:
     if as_json:
         messages.result(msgspec.json.encode(result))
     else:

@@ -7,18 +7,28 @@ instead of a configuration it judges that file alone.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from schemas import results
-from schemas.errors import NoResources
+from schemas.errors import BadConfig, Damaged, NoResources
 from schemas.manifest import Result, ResultError
-from stages.console.messages import faults
+from schemas.run import Config, Model
+from schemas.validate import Validate
+from stages.console.invocation import job_of
+from stages.console.messages import faults, say, warn
 from stages.contract.digests import canonical_json
 from stages.contract.job import Job
 from stages.contract.publish import write_file
+from stages.flux2.folder import ModelFiles
+from stages.flux2.identity import model_without_making
+from stages.flux2.variants import VARIANTS
 from stages.inspection.depth import depth_of
 from stages.inspection.findings import Inspection
+from stages.inspection.lora_file import judge, page
 from stages.inspection.run import inspect
 
 
@@ -60,6 +70,53 @@ def _report(inspection: Inspection, started: float) -> tuple[Result, int]:
         findings=findings,
     )
     return result, errors[0][0].exit_code if errors else 0
+
+
+def judge_file(options: Mapping[str, Any]) -> tuple[Result, int]:
+    """Judge the LoRA file of a command line, on the model it names; return the outcome and the exit code."""
+    started = time.monotonic()
+    path: Path | None = options["file"]
+    if path is None:
+        raise BadConfig(
+            "usage", "Missing option '--config' / '-c', or a LoRA file to judge", fix="flux2-lora verify --help"
+        )
+    found = judge(path, _model(options))
+    faults(found.faults)
+    for fault in found.hints:
+        warn(fault.line())
+    for line in page(path, found):
+        say(line)
+    first = found.faults[0] if found.faults else None
+    result = Result(
+        stage="verify",
+        status="failed" if first else "built",
+        key=None,
+        path=str(path.absolute()),
+        digest=found.about.tensor_digest,
+        counts={"checked": 1, "errors": len(found.faults), "hints": len(found.hints)},
+        seconds=round(time.monotonic() - started, 3),
+        error=ResultError(code=first.code, what=first.what, where=first.where, fix=first.fix) if first else None,
+        findings=[*found.faults, *found.hints],
+        about={**msgspec.to_builtins(found.about), "not_checked": found.not_checked},
+    )
+    return result, Damaged.exit_code if first else 0
+
+
+def _model(options: Mapping[str, Any]) -> ModelFiles | None:
+    """Return the model of --model, or of the configuration; None when neither names one. Writes nothing."""
+    name: str = options["model"]
+    if options["config"] is not None:
+        if name:
+            raise BadConfig("usage", "--model and --config both name a model", fix="leave one out")
+        return model_without_making(job_of(dict(options)))
+    if not name:
+        return None
+    variant = VARIANTS.get(name)
+    source = (
+        Path(name).absolute() if variant is None and Path(name).is_dir() else (variant and variant.hub_id) or name
+    )
+    config = Config(validate=Validate(dataset="."), model=Model(source=str(source)))
+    return model_without_making(Job(config, Path("model.toml"), options["store"], options["runs"]))
 
 
 def _written(job: Job, report: bytes) -> str | None:

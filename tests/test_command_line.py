@@ -27,7 +27,7 @@ STAGE = "--config -c --set --store --also --trust --runs --force --explain --wai
 OPTIONS = {
     **dict.fromkeys(("validate", "encode-latents", "encode-text", "preview"), STAGE),
     "train": f"{STAGE} --resume-only --profile",
-    "verify": f"{STAGE} --quick --deep --subset --recompute",
+    "verify": f"{STAGE} --quick --deep --subset --recompute --model file",
     "run": "pictures --model --trigger --output -o --max-steps --save-every-n-steps --resolution --rank "
     "--learning-rate --batch-size --seed --validation-prompt --validation-seed --validation-size "
     "--store --runs --json --quiet -q --debug",

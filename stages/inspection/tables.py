@@ -71,7 +71,7 @@ def _dataset(inspection: Inspection, folder: Path) -> None:
 
 
 def _follows(row: Mapping[str, Any], most: int) -> bool:
-    """Whether an item's id follows from picture, crop and caption; which of several duplicates is not in the table."""
+    """Whether an item's id follows from picture, crop and caption; which duplicate it is, is not in the table."""
     steps = plan(tuple(row["crop"]), (row["bucket_width"], row["bucket_height"]), row["background"])
     content = [row["image_sha256"], steps, row["caption_id"]]
     return any(row["item_id"] == digest_of("item", [*content, ordinal])[:32] for ordinal in range(most))
