@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -10,12 +11,17 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from schemas.errors import Damaged
+from schemas.errors import BadConfig, Damaged
+from schemas.quantize import Quantize
 from schemas.run import Model
 from stages.flux2 import load, names, shapes
 from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.folder import ModelFiles, open_model
 from stages.flux2.micro import make_micro
+from stages.flux2.packing import FORMATS, Format
+from stages.flux2.positions import rope
+from stages.flux2.quantize import held_as, unpacked
+from stages.flux2.quantize import packed as quantized
 from stages.flux2.shapes import Shapes
 from stages.flux2.text.mistral3 import Mistral3
 from stages.flux2.text.qwen3 import Qwen3
@@ -184,3 +190,64 @@ def test_truncated_weights_are_an_error_never_zeros(model: ModelFiles, tmp_path:
         os.truncate(path, size)
         with pytest.raises(Damaged, match=r"tensors\.truncated"):
             load.load_transformer(cut, mx.float32)
+
+
+def as_mlx_community(model: ModelFiles, folder: Path, form: Format) -> ModelFiles:
+    """Write the text encoder as `mlx_lm.convert -q` does: every matrix packed, the embeddings too."""
+    file = tensors.load(model.text_encoder[0]).tensors
+    packed: dict[str, Tensor] = {}
+    for name, tensor in file.items():
+        array = tensors.to_mlx(tensor)
+        parts = quantized(array, form) if array.ndim == 2 else [array]
+        module, _, last = name.rpartition(".")
+        names_of = form.parts if array.ndim == 2 else (last,)
+        packed |= {f"{module}.{part}": tensors.from_mlx(each) for part, each in zip(names_of, parts, strict=True)}
+    folder.mkdir()
+    tensors.save(folder / "model.safetensors", packed, {"format": "mlx"})
+    config = json.loads((model.text_encoder[0].parent / "config.json").read_text())
+    config["quantization"] = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = Model(text_encoder=str(folder))
+    return open_model(spec, folder, lambda _: model.transformer[0].parents[1])
+
+
+@pytest.mark.parametrize("form", [*FORMATS.values(), Format("affine", 6, 32)])
+def test_text_encoder_packed_as_mlx_community_does_is_that_of_the_full_one_packed(
+    model: ModelFiles, tmp_path: Path, form: Format
+) -> None:
+    packed = as_mlx_community(model, tmp_path / "text_encoder", form)
+    assert load.text_encoder_digest(packed) != load.text_encoder_digest(model)
+    encoder = load.load_text_encoder(packed, mx.float32)
+    assert held_as(encoder) == str(form)
+    full = dict(tree_flatten(load.load_text_encoder(model, mx.float32).parameters()))
+    name = "model.layers.3.mlp.down_proj"
+    found = dict(tree_flatten(encoder.parameters()))
+    expected = quantized(full[f"{name}.weight"], form)
+    for part, array in zip(form.parts, expected, strict=True):
+        assert mx.array_equal(found[f"{name}.{part}"], array).item()
+    # Embeddings are looked up, never multiplied with: unpacked once.
+    table = "model.embed_tokens.weight"
+    assert mx.array_equal(found[table], unpacked(quantized(full[table], form), form, mx.float32)).item()
+    assert mx.isfinite(encoder(mx.array([[1, 2, 3, 0]]), mx.array([3]))).all().item()
+
+
+def test_text_encoder_packed_otherwise_than_asked_is_refused(model: ModelFiles, tmp_path: Path) -> None:
+    packed = as_mlx_community(model, tmp_path / "text_encoder", FORMATS["4bit"])
+    assert held_as(load.load_text_encoder(packed, mx.float32, "4bit")) == "4bit"
+    with pytest.raises(BadConfig, match=r"model\.quantized_already.*encode_text\.quantize = 8bit.*found 4bit"):
+        load.load_text_encoder(packed, mx.float32, "8bit")
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_quantized_transformer_answers_near_the_full_one(model: ModelFiles, quantize: Quantize) -> None:
+    config = model.variant.transformer
+    given = [mx.random.normal(shape, key=mx.random.key(1)) for shape in [(1, 16, 32), (1, 8, 192)]]
+    answers = []
+    for mode in ("none", quantize):
+        transformer = load.load_transformer(model, mx.float32, mode)
+        assert held_as(transformer) == mode
+        assert transformer.dtype == mx.float32
+        answers.append(transformer(*given, mx.array([0.5]), None, rope(config, 8, 4, 4)))
+    distance = (mx.linalg.norm(answers[1] - answers[0]) / mx.linalg.norm(answers[0])).item()
+    # Measured: 0.003 (8bit), 0.009 (mxfp8), 0.026 (4bit), 0.030 (nvfp4), 0.035 (mxfp4).
+    assert 1e-3 < distance < (0.015 if FORMATS[quantize].bits == 8 else 0.06)
