@@ -50,4 +50,4 @@ def distinct(found: Sequence[Call]) -> list[Call]:
 def chosen(numbers: Sequence[int], count: Count, sample: int) -> list[int]:
     """Return the numbers to try in this run: all of them in full, else `sample`, evenly spread."""
     most = min(count(sample, len(numbers)), len(numbers))
-    return [numbers[round(index * (len(numbers) - 1) / max(most - 1, 1))] for index in range(most)]
+    return [numbers[int((index + 0.5) * len(numbers) / most)] for index in range(most)]

@@ -1,7 +1,7 @@
 """A full disk, a failing device, an interrupted call, a read that fails or ends early: an error, or the right result.
 
-An error is one of ours: exit 7 (for reads also 3 to 5) and lines with a code and a remedy. Exit 0 means that all is
-there. Neither ever leaves anything half-published.
+An error is one of ours: exit 7 (for reads also 2 to 5, by what could not be read) and lines with a code and a remedy.
+Exit 0 means that all is there. Neither ever leaves anything half-published.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.faults.zygote import Answer, Fault
 
 ERROR = re.compile(r"^error\[[a-z_.]+\] .*fix: ", re.MULTILINE)
 RESOURCES = 7
-READING = (3, 4, 5, RESOURCES)
+READING = (2, 3, 4, 5, RESOURCES)
 # Which calls can fail so, and whether for good.
 WRITE_FAULTS = {
     "no space, once": (errno.ENOSPC, ("open", "mkdir", "write", "fsync", "rename"), False),
