@@ -34,7 +34,8 @@ class Hub(ThreadingHTTPServer):
 
     `asked` lists the downloads as (path, first byte asked for). Faults: `cuts` ends an answer after that many bytes,
     once a number; `sends` has other bytes in place of a file's; `lacks` are files that are listed and not there;
-    `licensed` are the tokens that may download.
+    `licensed` are the tokens that may download; `refusals` are (status, message) of the next answers about files;
+    `listing` is what is said in place of the list.
     """
 
     def __init__(self, files: Files) -> None:
@@ -47,6 +48,8 @@ class Hub(ThreadingHTTPServer):
         self.sends: Files = {}
         self.lacks: set[str] = set()
         self.licensed: set[str] | None = None
+        self.refusals: list[tuple[int, str]] = []
+        self.listing: bytes | None = None
         self.ranges = True
         self.after_listing: list[tuple[str, str]] = []
 
@@ -82,6 +85,9 @@ class Answer(BaseHTTPRequestHandler):
         if commit not in self.server.commits:
             self._refuse(404, "RevisionNotFound")
             return
+        if self.server.listing is not None:
+            self._send(self.server.listing)
+            return
         siblings = [_listed(path, data) for path, data in self.server.commits[commit].items()]
         self._send(json.dumps({"id": MODEL, "sha": commit, "siblings": siblings}).encode())
         # What happens on the hub between the question and the downloads.
@@ -90,6 +96,8 @@ class Answer(BaseHTTPRequestHandler):
     def _resolve(self, commit: str, path: str) -> None:
         token = self.headers["Authorization"]
         data = self.server.commits[commit].get(path)
+        if self.server.refusals:
+            return self._refuse(self.server.refusals[0][0], "", self.server.refusals.pop(0)[1])
         if self.server.licensed is not None and (token or "").removeprefix("Bearer ") not in self.server.licensed:
             return self._refuse(403 if token else 401, "GatedRepo")
         if data is None or path in self.server.lacks:
@@ -124,9 +132,11 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _refuse(self, status: int, code: str, message: str = "") -> None:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        for name, value in (("X-Error-Code", code), ("X-Error-Message", message)):
+            if value:
+                self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

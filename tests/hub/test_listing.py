@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,40 @@ def test_listing_that_leads_out_of_the_cache_is_refused(fetch: Fetch, hub: Hub, 
     assert done.returncode == 4
     assert done.stderr.startswith("error[fetch.listing]")
     assert list(tmp_path.rglob("evil*")) == []
+
+
+def test_token_that_the_hub_does_not_know_is_told_from_a_licence(fetch: Fetch, hub: Hub) -> None:
+    hub.refusals = [(401, "Invalid credentials in Authorization header")]
+    done = fetch()
+    assert done.returncode == 7
+    assert done.stderr.splitlines()[-1].startswith("error[fetch.token] the hub does not accept your token")
+
+
+def test_server_in_trouble_is_asked_again_and_given_up(fetch: Fetch, hub: Hub, home: Path, published: Files) -> None:
+    hub.refusals = [(503, ""), (429, ""), (502, "")]
+    assert fetch().returncode == 0
+    assert in_cache(home) == wanted(published)
+    shutil.rmtree(home)
+    hub.refusals = [(503, "")] * 4
+    done = fetch()
+    assert done.returncode == 7
+    assert "error[fetch.failed] the hub cannot answer" in done.stderr
+    assert "HTTP 503" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b"<html>Log in to this network</html>",
+        b"[1]",
+        json.dumps({"id": MODEL, "sha": FIRST, "siblings": [{"rfilename": "model_index.json"}]}).encode(),
+        json.dumps({"id": MODEL, "sha": "main", "siblings": []}).encode(),
+    ],
+    ids=["a page", "no table", "no digests", "no commit"],
+)
+def test_list_that_is_none_or_cannot_be_checked_by_is_refused(fetch: Fetch, hub: Hub, listing: bytes) -> None:
+    hub.listing = listing
+    done = fetch()
+    assert done.returncode == 4
+    assert done.stderr.startswith("error[fetch.listing]")
+    assert hub.asked == []
