@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator, Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 import msgspec
 
+from schemas.quantize import Quantize
 from schemas.train import Train
 from stages.console import messages
 from stages.flux2.variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from stages.flux2.transformer import Transformer
     from stages.training.objective import Batch
 
@@ -27,34 +31,49 @@ HELP = """Measure training steps at full size with random weights: time per step
 \b
 Example:
   flux2-lora bench klein-base-4b --size 512 --size 1024 --steps 10
+  flux2-lora bench dev --quantize 4bit --checkpointing on
 """
 
 
 class Measured(msgspec.Struct):
-    """One configuration: milliseconds per step (median), peak bytes of MLX's allocator, the last loss."""
+    """One configuration: bytes of the frozen weights, milliseconds per step (median), peak bytes of MLX's allocator
+    with everything in it, the last loss.
+    """
 
     model: str
     size_px: int
     batch_size: int
+    quantize: Quantize
     gradient_checkpointing: bool
     compile: bool
+    weight_bytes: int
     milliseconds: float
     peak_bytes: int
     loss: float
 
 
-def random_transformer(variant: Variant, dtype: Any) -> Transformer:
-    """Return a transformer of the variant's shape with small random weights of `dtype`, made tensor by tensor."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
+def random_transformer(variant: Variant, dtype: Any, quantize: Quantize = "none") -> Transformer:
+    """Return a transformer of the variant's shape with small random weights, its blocks' as `quantize` says.
 
+    Made tensor by tensor, so that no full model exists beside a quantized one.
+    """
+    from stages.flux2.packing import packed_modules
+    from stages.flux2.quantize import fill
+    from stages.flux2.shapes import transformer_shapes
     from stages.flux2.transformer import Transformer
 
-    transformer = Transformer(variant.transformer)
-    transformer.set_dtype(dtype)
-    for _, array in tree_flatten(transformer.parameters()):
-        mx.eval(array)  # one at a time: the float32 draw behind it is freed at once
-    return transformer
+    shapes = transformer_shapes(variant.transformer)
+    wanted = packed_modules(shapes, quantize)
+    return fill(Transformer(variant.transformer), _random_tensors(shapes), dtype, found={}, wanted=wanted)
+
+
+def _random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, mx.array]]:
+    """Yield matrices as MLX starts them, uniform in +-1/sqrt(columns), and the ones of norms; all lazy bfloat16."""
+    import mlx.core as mx
+
+    for name, shape in shapes.items():
+        bound = shape[-1] ** -0.5
+        yield name, mx.random.uniform(-bound, bound, shape, mx.bfloat16) if len(shape) == 2 else mx.ones(shape)
 
 
 def random_batch(variant: Variant, size_px: int, batch_size: int) -> Batch:
@@ -75,8 +94,12 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
     """Take two steps to warm up and `steps` to measure."""
     import mlx.core as mx
 
+    from stages.flux2.packing import bytes_of
+    from stages.flux2.quantize import held_as
+    from stages.flux2.shapes import transformer_shapes
     from stages.training.step import Trainer
 
+    held = cast(Quantize, held_as(transformer))
     trainer = Trainer(transformer, settings, SEED)
     batch = random_batch(variant, size_px, settings.batch_size)
     mx.eval(batch)
@@ -94,8 +117,10 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
         model=variant.name,
         size_px=size_px,
         batch_size=settings.batch_size,
+        quantize=held,
         gradient_checkpointing=settings.gradient_checkpointing,
         compile=settings.compile,
+        weight_bytes=bytes_of(transformer_shapes(variant.transformer), held, transformer.dtype.size),
         milliseconds=round(1000 * median(times[2:]), 1),
         peak_bytes=mx.get_peak_memory(),
         loss=loss,
@@ -107,6 +132,7 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
 @click.option("--size", type=click.IntRange(32, 2048), multiple=True, default=[512], help="Side of the pictures.")
 @click.option("--batch-size", type=click.IntRange(1, 64), default=1, help="Pictures per step.")
 @click.option("--rank", type=click.IntRange(1, 1024), default=16, help="Rank of the LoRA.")
+@click.option("--quantize", type=click.Choice(get_args(Quantize)), default="none", help="How weights are held.")
 @click.option("--steps", type=click.IntRange(1, 10000), default=10, help="Steps to measure.")
 @click.option("--checkpointing", type=click.Choice(["on", "off", "both"]), default="both", help="Of gradients.")
 @click.option("--compile", type=click.Choice(["on", "off", "both"]), default="off", help="Of the step.")
@@ -122,7 +148,7 @@ def COMMAND(**options: Any) -> int:
     variant = VARIANTS[options["model"]]
     backend = prepare()
     messages.say(backend.line())
-    transformer = random_transformer(variant, backend.compute_dtype)
+    transformer = random_transformer(variant, backend.compute_dtype, options["quantize"])
     rank = options["rank"]
     attach(transformer, Train(rank=rank, alpha=float(rank)), seed=SEED)
     rows: list[Measured] = []

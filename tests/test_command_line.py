@@ -43,7 +43,7 @@ OPTIONS = {
     "bundle": "--config -c --set --store --also --trust --runs --output -o --key --json --quiet --debug",
     "unbundle": "bundle --output -o --trust --unsigned --json --quiet --debug",
     "sign": "store --key --json --quiet --debug",
-    "bench": "model --size --batch-size --rank --steps --checkpointing --compile --json --debug",
+    "bench": "model --size --batch-size --rank --quantize --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}
 LINE = re.compile(r"error\[[a-z_.]+\] .+\. fix: .+")
