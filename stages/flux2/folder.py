@@ -192,6 +192,7 @@ def _auto(spec: Model, places: _Places) -> Variant:
             where="model.variant",
             fix=f"set model.variant to one of {', '.join(VARIANTS)}",
         )
+    _require_diffusers_layout(root)
     pipeline = configs.read_json(root / "model_index.json", configs.Pipeline)
     return configs.identify(
         configs.read_transformer(_config(places.transformer, root / "transformer")),
@@ -199,6 +200,19 @@ def _auto(spec: Model, places: _Places) -> Variant:
         configs.read_autoencoder(_config(places.autoencoder, root / "vae")),
         distilled=pipeline.is_distilled,
     )
+
+
+def _require_diffusers_layout(root: Path) -> None:
+    """Raise `BadConfig` for a folder of single files, which do not say what they are together."""
+    found = [] if (root / "model_index.json").is_file() else sorted(root.glob(f"*{WEIGHTS_SUFFIX}"))
+    if found:
+        raise BadConfig(
+            "model.layout",
+            "the folder holds single files, not the layout of diffusers",
+            where=str(root),
+            why=f"no model_index.json, but {', '.join(path.name for path in found[:3])}",
+            fix="name the files as model.transformer, .autoencoder, .text_encoder, .tokenizer, and set model.variant",
+        )
 
 
 def _explicit(row: Variant, spec: Model, places: _Places) -> Variant:

@@ -124,6 +124,14 @@ def test_single_file_needs_a_variant(klein: Path) -> None:
     assert model.autoencoder[0].parent.name == "vae"
 
 
+def test_folder_of_single_files_says_how_to_name_them(tmp_path: Path) -> None:
+    for name in ("ae.safetensors", "flux-2-klein-base-4b.safetensors"):
+        (tmp_path / name).touch()
+    line = fault(BadConfig, tmp_path)
+    assert "no model_index.json, but ae.safetensors, flux-2-klein-base-4b.safetensors" in line
+    assert "fix: name the files as model.transformer" in line
+
+
 def test_parts_alone_need_no_source(klein: Path) -> None:
     (klein.parent / "bfl.safetensors").touch()
     (klein.parent / "ae.safetensors").touch()
