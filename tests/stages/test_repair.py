@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests.stages.project import Project, flip, rows, truncate
+from tests.stages.project import Project, Ran, contents, draw, flip, listing, rows, truncate
 
 
 def first(folder: Path, pattern: str) -> Path:
@@ -74,3 +76,77 @@ def test_consumer_refuses_a_damaged_input_and_names_the_stage_that_makes_it(
     assert (ran.code, ran.error) == (4, "file.changed")
     assert ran.result["error"]["where"].startswith(str(path))
     assert f"flux2-lora {place.partition('/')[0]} " in ran.result["error"]["fix"]
+
+
+def repair(project: Project, *more: str, stdin: bytes | None = None) -> Ran:
+    if stdin is None:
+        return project.run("repair", *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        return project.run("repair", "-", *more)
+
+
+def test_whole_run_needs_no_repair_and_nothing_is_written(project: Project) -> None:
+    before = listing(project.root)
+    ran = repair(project)
+    assert (ran.code, ran.status, ran.counts) == (0, "up to date", {"errors": 0, "left": 0})
+    assert listing(project.root) == before
+
+
+def test_every_kind_of_damage_at_once_is_made_good(project: Project) -> None:
+    whole = contents(project.results)
+    lora = project.run("train").result["digest"]
+    for place in ("validate/*/captions.parquet", "fragments/previews/*.png", "train/*/lora.safetensors"):
+        flip(first(project.store, place))
+    flip(first(project.store, "fragments/latents/*/c.0.0.0.0"), 0.1)
+    (project.results / "encode-text.json").write_text("{}")
+    (project.results / "preview_2.png").unlink()
+    project.lora.write_bytes(b"")
+    errors = project.run("verify").counts["errors"]
+    assert errors >= 7
+    ran = repair(project)
+    assert (ran.code, ran.counts["errors"], ran.counts["left"], ran.counts["encoded"]) == (0, errors, 0, 1)
+    healed = contents(project.results)
+    assert {name for name in whole if healed[name] != whole[name]} <= {"verify.json"}
+    assert project.run("train").result["digest"] == lora
+    assert project.run("verify", "--deep").code == 0
+
+
+def test_findings_come_from_a_verify_before(project: Project) -> None:
+    flip(first(project.store, "fragments/embeddings/*"), 0.1)
+    found = msgspec.json.encode(project.run("verify").result)
+    ran = repair(project, stdin=found)
+    assert (ran.code, ran.counts["errors"], ran.counts["encoded"]) == (0, 1, 1)
+    assert repair(project, stdin=msgspec.json.encode(project.run("verify").result)).status == "up to date"
+    assert repair(project, stdin=b"{}").error == "repair.findings"
+
+
+def test_rot_that_no_stat_shows_is_repaired_too(project: Project) -> None:
+    path = first(project.store, "encode-text/*/index.parquet")
+    project.run("encode-text")
+    stat = path.stat()
+    old = stat.st_mtime_ns - 10_000_000_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.contract.digests._identity", lambda _: (1, 2, 3, 4))
+        patch.setattr("stages.contract.digests._youngest_ns", lambda _: old)
+        project.run("encode-text")
+        flip(path)
+        assert project.run("encode-text").status == "up to date"
+        ran = repair(project)
+    assert (ran.code, ran.counts["errors"], ran.counts["left"]) == (0, 1, 0)
+    assert project.run("verify").code == 0
+
+
+def test_what_nothing_can_be_made_from_stays_listed(project: Project) -> None:
+    flip(first(project.store, "checkpoints/*/2/state.safetensors"))
+    ran = repair(project)
+    assert (ran.code, ran.error, ran.counts["left"]) == (4, "file.changed", 1)
+    assert "--force" in ran.result["error"]["fix"]
+
+
+def test_changed_dataset_is_no_damage_and_nothing_is_made_of_it(project: Project) -> None:
+    draw(project.pictures, "ada", (1, 2, 3))
+    before = listing(project.store, "lookup", ".locks", ".tmp")
+    ran = repair(project)
+    assert (ran.code, ran.error) == (5, "repair.changed")
+    assert listing(project.store, "lookup", ".locks", ".tmp") == before
