@@ -24,6 +24,8 @@ from stages.dataset.metadata import decode_line, read_rows
 MAX_CAPTION_BYTES = 64 << 10
 MOST_CAPTIONS = 256
 TRIGGER = "[trigger]"
+# No editor writes these, and a terminal obeys some; line ends and tabs are text, and so are marks of direction.
+CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass
@@ -94,7 +96,7 @@ def with_class_word(text: str, trigger: str, class_word: str) -> str:
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """Return a caption file's text. Raises RejectedInput: too long, UTF-16, not UTF-8, or holding NUL."""
+    """Return a caption file's text. Raises RejectedInput: too long, UTF-16, not UTF-8, or with control characters."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise _rejected("caption.not_utf8", "the caption is UTF-16, not UTF-8", where, "a UTF-16 mark at byte 0")
     try:
@@ -106,7 +108,7 @@ def decode_text(data: bytes, where: str) -> str:
 
 
 def tidy(text: str, where: str) -> str:
-    """Return caption text with LF line ends and stripped ends. Raises RejectedInput: too long, or holding NUL."""
+    """Return caption text with LF line ends and stripped ends. Raises RejectedInput: too long, or not text."""
     size_bytes = len(text.encode())
     if size_bytes > MAX_CAPTION_BYTES:
         why = f"expected at most {MAX_CAPTION_BYTES} bytes, found {size_bytes}"
@@ -114,6 +116,9 @@ def tidy(text: str, where: str) -> str:
     if "\0" in text:
         why = f"at character {text.index(chr(0))}"
         raise _rejected("caption.nul", "the caption holds a NUL character", where, why)
+    if (found := CONTROL.search(text)) is not None:
+        why = f"{found[0]!r} at character {found.start()}"
+        raise _rejected("caption.control", "the caption holds a control character", where, why)
     return text.replace("\r\n", "\n").strip()
 
 

@@ -44,7 +44,7 @@ def test_sidecars_of_all_three_kinds_are_read(tmp_path: Path) -> None:
 
 def test_byte_order_mark_crlf_and_ends_go_and_nothing_else_changes() -> None:
     assert decode_text(b"\xef\xbb\xbf  one\r\ntwo \t\n", "a.txt") == "one\ntwo"
-    decomposed = "cafe\u0301 {placeholder} %s $(x) <|im_end|> \x1b[31m"
+    decomposed = "cafe\u0301 {placeholder} %s $(x) <|im_end|> \u202egpj \t\r\u05d0"
     assert decode_text(decomposed.encode(), "a.txt") == decomposed
 
 
@@ -54,6 +54,9 @@ def test_byte_order_mark_crlf_and_ends_go_and_nothing_else_changes() -> None:
         (b"ab\xff", "byte 2 is 0xff"),
         ("text".encode("utf-16"), "UTF-16"),
         (b"a\0b", "caption.nul"),
+        (b"a \x1b[31mred", "caption.control] the caption holds a control character (a.txt): '\\x1b' at character 2"),
+        ("a\u009b2J".encode(), "caption.control"),
+        (b"a\x7f", "caption.control"),
         (b"\xed\xa0\x80", "byte 0"),
         (b"x" * (MAX_CAPTION_BYTES + 1), f"at most {MAX_CAPTION_BYTES} bytes"),
     ],
