@@ -19,6 +19,8 @@ ALL = (*CURVES, SECONDS)
 SIDE = 1000
 # More points than this, a screen cannot show.
 MOST_POINTS = 600
+# More dots than this touch each other on a phone.
+MOST_DOTS = 24
 # One a run, in the order of matplotlib's own.
 RUN_COLORS = ("blue", "orange", "green", "red", "purple", "brown")
 
@@ -175,7 +177,7 @@ def _series(values: _Values, across: tuple[float, float], upward: tuple[float, f
     points = {"steps": values.steps[some].astype(int).tolist(), "values": _short(values.values[some])}
     if values.line is not values.values:
         points["smooth"] = _short(values.line[some])
-    few = values.dotted or len(values.steps) == 1
+    few = len(values.steps) <= (MOST_DOTS if values.dotted else 1)
     return Series(
         label=values.label,
         color=values.color,

@@ -101,7 +101,7 @@ def shown(value: object) -> str:
         case None:
             return ABSENT
         case str():
-            return value or '""'
+            return value or "none"
         case list() | tuple():
             return ", ".join(map(shown, value)) or "none"
         case dict():

@@ -214,8 +214,9 @@ def test_page_moves_nothing_by_itself_where_motion_is_unwelcome(opened: Callable
 
 
 def test_paper_shows_every_step(opened: Callable[..., Page]) -> None:
-    page = opened("report")
+    page = opened("report", color_scheme="dark")
     page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(29, 33, 38)"
     assert page.locator(".view").first.is_hidden()
     assert page.locator(".control").is_hidden()
     assert [each.is_visible() for each in page.locator(".film img").all()] == [True] * 3

@@ -85,6 +85,14 @@ def test_digests_are_those_of_the_chain(project: Project) -> None:
     assert msgspec.json.decode(lora.read_bytes())["lora"] in shown
 
 
+def test_link_that_is_broken_is_marked(project: Project) -> None:
+    edit(project.pictures / "ada.txt", "called ada", "called eve")
+    project.make("validate", "encode-text")
+    chain = read(report(project)).all("li", "found")
+    assert sorted(each.pieces[0] for each in chain) == ["caption", "items", "pictures"]
+    assert {each.pieces[-1] for each in chain} == {"another than the run has now"}
+
+
 def test_report_changes_nothing_and_comes_out_the_same(project: Project) -> None:
     before = listing(project.root)
     report(project, "--output", str(project.root / "page.html"))

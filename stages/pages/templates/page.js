@@ -109,14 +109,16 @@ function nearest(points, step) {
 }
 
 function text(series, step) {
+  const shown = series[0].steps[nearest(series[0].steps, step)];
   const said = series.map(({ label, steps: at, values, smooth }) => {
     const index = nearest(at, step);
     if (series.length > 1) {
-      return `${label} ${smooth ? smooth[index] : values[index]}`;
+      const where = at[index] === shown ? "" : ` at ${at[index]}`;
+      return `${label} ${smooth ? smooth[index] : values[index]}${where}`;
     }
     return smooth ? `${values[index]}, smoothed ${smooth[index]}` : values[index];
   });
-  return `step ${series[0].steps[nearest(series[0].steps, step)]}: ${said.join(", ")}`;
+  return `step ${shown}: ${said.join(", ")}`;
 }
 
 let pointed = null;
