@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from schemas.errors import Damaged, Fault
-from stages.flux2 import packing
+from stages.flux2 import float8, packing
 from stages.flux2.names import Component, Piece
 from stages.flux2.shapes import Shapes, packed_elsewhere, recognise
 from stages.stores.tensors import (
@@ -56,7 +56,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Assembly:
-    """A canonical tensor: its bytes are those of `spans`, one after the other."""
+    """A canonical tensor: its bytes are those of `spans`, one after the other.
+
+    Of 8-bit floats each span is followed by that of the factor its numbers are multiplied with.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -171,6 +174,8 @@ def _sha256(opened: Mapping[Path, OpenTensors], assembly: Assembly) -> str:
 
 
 def _read(opened: Mapping[Path, OpenTensors], assembly: Assembly) -> Tensor:
+    if assembly.dtype == float8.DTYPE:
+        return _multiplied(opened, assembly)
     data = np.empty(assembly.size, np.uint8)
     position = 0
     for span in assembly.spans:
@@ -178,6 +183,16 @@ def _read(opened: Mapping[Path, OpenTensors], assembly: Assembly) -> Tensor:
             data[position : position + len(chunk)] = np.frombuffer(chunk, np.uint8)
             position += len(chunk)
     return Tensor(assembly.dtype, data.view(DTYPES[assembly.dtype]).reshape(assembly.shape))
+
+
+def _multiplied(opened: Mapping[Path, OpenTensors], assembly: Assembly) -> Tensor:
+    """Return 8-bit floats as float32."""
+    pieces, values = [], float8.values()
+    for numbers, factor in zip(assembly.spans[::2], assembly.spans[1::2], strict=True):
+        codes = np.frombuffer(opened[numbers.path].read_bytes(numbers.start, numbers.stop), np.uint8)
+        (scale,) = np.frombuffer(opened[factor.path].read_bytes(factor.start, factor.stop), DTYPES["F32"])
+        pieces.append((values * scale)[codes])
+    return Tensor("F32", np.concatenate(pieces).reshape(assembly.shape))
 
 
 def _in_mlx(tensor: Tensor) -> Tensor:
@@ -222,7 +237,8 @@ def _gather(headers: Mapping[Path, Header], component: Component) -> dict[str, _
 
 
 def _refuse_packed(headers: Mapping[Path, Header], found: Mapping[str, _Found]) -> None:
-    words = packed_elsewhere({name: one.entry.dtype for name, one in found.items()})
+    read = float8.readable({name: one.entry for name, one in found.items()})
+    words = packed_elsewhere({name: one.entry.dtype for name, one in found.items() if name not in read})
     if words is not None:
         raise Damaged(
             "weights.packed_elsewhere",
@@ -261,6 +277,8 @@ class _Check:
         if len(entries) < len(pieces):
             return {}
         shape = self._expected[name]
+        if {entry.dtype for entry in entries} == {float8.DTYPE}:
+            return {name: self._multiplied(name, pieces)}
         if {entry.dtype for entry in entries} != {packing.WORDS}:
             return {name: self._assembled(name, (shape, WEIGHT_DTYPES), pieces)}
         form = self._form(shape, pieces, entries)
@@ -273,6 +291,18 @@ class _Check:
             f"{module}.{part}": self._assembled(f"{module}.{part}", expected, _beside(pieces, part))
             for part, expected in form.tensors(shape).items()
         }
+
+    def _multiplied(self, name: str, pieces: tuple[Piece, ...]) -> Assembly:
+        """Return a matrix of 8-bit floats, each piece followed by its factor."""
+        assembly = self._assembled(name, (self._expected[name], (float8.DTYPE,)), pieces)
+        entries = {each: one.entry for each, one in self._found.items()}
+        spans: list[Span] = []
+        for piece, span in zip(pieces, assembly.spans, strict=True):
+            factor = float8.factor_of(piece.name, entries)
+            assert factor is not None  # else `_refuse_packed` has raised
+            spans += [span, _span(self._found[factor], Piece(factor))]
+            self._used |= {float8.MARKER, *float8.beside(piece.name)}
+        return replace(assembly, spans=tuple(spans))
 
     def _entries(self, pieces: tuple[Piece, ...]) -> list[Entry]:
         """Return the entries of the pieces that are there; note the missing."""

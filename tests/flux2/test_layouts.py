@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from schemas.errors import BadConfig, Damaged, StageError
+from schemas.quantize import Quantize
 from schemas.run import Model
 from stages.flux2 import configs, load, names, shapes, weights
 from stages.flux2.folder import ModelFiles, open_model
@@ -24,7 +26,8 @@ from stages.flux2.text.mistral3 import Mistral3
 from stages.flux2.variants import MICRO
 from stages.stores import tensors
 from stages.stores.tensors import Tensor
-from tests.golden.tiny import GOLDEN
+from tests.flux2.test_float8 import in_eight_bits
+from tests.golden.tiny import GOLDEN, distance
 
 File = dict[str, Tensor]
 PARTS = ("transformer", "autoencoder", "text_encoder")
@@ -164,6 +167,23 @@ def test_every_layout_is_the_same_model(model: ModelFiles, folder: Path, tmp_pat
     assert [digest(other) for digest in DIGESTS] == [digest(model) for digest in DIGESTS]
     assert all(mx.array_equal(a, b).item() for a, b in zip(numbers(other), numbers(model), strict=True))
     assert all((mx.abs(each).max() > 0.1).item() for each in numbers(model))
+
+
+@pytest.mark.parametrize("quantize", ["none", "8bit"])
+def test_transformer_in_comfyuis_eight_bits_computes_nearly_the_same(
+    model: ModelFiles, tmp_path: Path, quantize: Quantize
+) -> None:
+    bfl = canonical(content(model.transformer[0]), shapes.transformer_shapes(MICRO.transformer), names.TRANSFORMER)
+    full = {name: Tensor("F32", np.array(tensors.to_mlx(tensor, mx.float32))) for name, tensor in bfl.items()}
+    tensors.save(tmp_path / "t.safetensors", prefixed(in_eight_bits(full, ".weight_scale"), "diffusion_model."), {})
+    other = dataclasses.replace(model, transformer=(tmp_path / "t.safetensors",))
+    loaded = [load.load_transformer(each, mx.float32, quantize) for each in (model, other)]
+    text = mx.random.normal((1, 8, MICRO.transformer.joint_attention_dim), key=mx.random.key(1))
+    tokens = mx.random.normal((1, 6, MICRO.transformer.in_channels), key=mx.random.key(2))
+    positions = rope(MICRO.transformer, 8, 2, 3)
+    expected, found = (each(tokens, text, mx.array([0.7]), None, positions) for each in loaded)
+    assert 0 < distance(found, expected) < 0.05
+    assert load.transformer_digest(other) != load.transformer_digest(model)
 
 
 MISTRAL = GOLDEN / "tiny-dev" / "text_encoder"
