@@ -51,6 +51,7 @@ HELPERS = {
     "bundle": "Pack what train needs, without the pictures, for another machine.",
     "unbundle": "Check a bundle and lay it out as a project.",
     "sign": "Sign what a store holds, so that others may take it.",
+    "pretrain": "Make a small FLUX.2 from nothing, by a recipe.",
     "bench": "Measure training steps on this machine, with random weights.",
 }
 TABLES = {

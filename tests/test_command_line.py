@@ -44,6 +44,7 @@ OPTIONS = {
     "bundle": "--config -c --set --store --also --trust --runs --output -o --key --json --quiet --debug",
     "unbundle": "bundle --output -o --trust --unsigned --json --quiet --debug",
     "sign": "store --key --json --quiet --debug",
+    "pretrain": "part --recipe --set --output -o --debug",
     "bench": "model --size --batch-size --rank --quantize --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}

@@ -9,10 +9,11 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin
+from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 
+from schemas.base import Strict
 from schemas.errors import BadConfig, Fault
 from schemas.run import Config
 
@@ -25,10 +26,16 @@ DEEP_KEY = re.compile(
 )
 
 Where = Callable[[str], str]
+Settings = TypeVar("Settings", bound=Strict)
 
 
 def load_config(path: Path, assignments: Sequence[str] = ()) -> Config:
-    """Return the configuration in `path` with `--set` assignments (`a.b=c`) applied.
+    """Return the configuration of a pipeline. Raises BadConfig as `load_settings` does."""
+    return load_settings(Config, path, assignments)
+
+
+def load_settings(kind: type[Settings], path: Path, assignments: Sequence[str] = ()) -> Settings:
+    """Return the settings in `path` with `--set` assignments (`a.b=c`) applied.
 
     Raises BadConfig listing every unknown name, wrong type, value out of range and missing setting.
     """
@@ -43,7 +50,7 @@ def load_config(path: Path, assignments: Sequence[str] = ()) -> Config:
         )
         return next(inside, str(path))
 
-    return _convert(_with_kinds(_assign(_parse(path), assignments), Config), where, str(path))
+    return _convert(kind, _with_kinds(_assign(_parse(path), assignments), kind), where, str(path))
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -140,11 +147,11 @@ def _with_kinds(data: Mapping[str, Any], kind: type[msgspec.Struct]) -> dict[str
     return complete
 
 
-def _convert(data: dict[str, Any], where: Where, path: str) -> Config:
-    if faults := list(_table_faults(data, Config, "", where)):
+def _convert(kind: type[Settings], data: dict[str, Any], where: Where, path: str) -> Settings:
+    if faults := list(_table_faults(data, kind, "", where)):
         raise BadConfig.of(faults)
     try:
-        return msgspec.convert(data, Config, strict=True)
+        return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
         # What only a whole table can say: each of its values is right by itself.
         message, at = _message(error)

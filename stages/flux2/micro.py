@@ -18,7 +18,7 @@ from stages.flux2.micro_autoencoder import autoencoder_weights
 from stages.flux2.micro_draws import linear, normal
 from stages.flux2.micro_tokenizer import ADDED_TOKENS, tokenizer_json
 from stages.flux2.text.prompts import PROMPT, QWEN3, Control
-from stages.flux2.variants import MICRO, AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from stages.flux2.variants import MICRO, AutoencoderConfig, TextEncoderConfig, TransformerConfig, Variant
 from stages.stores.tensors import Tensor, save
 
 Weights = dict[str, np.ndarray]
@@ -29,22 +29,35 @@ VERSION = 1
 
 def make_micro(folder: Path) -> None:
     """Write the model's files below `folder`, which must hold none of them: the same bytes every time, everywhere."""
+    write_configs(folder, MICRO)
     parts = {
-        "transformer": (_transformer_config(MICRO.transformer), transformer_weights(MICRO.transformer)),
-        "vae": (_autoencoder_config(MICRO.autoencoder), autoencoder_weights(MICRO.autoencoder)),
-        "text_encoder": (_text_encoder_config(MICRO.text_encoder), text_encoder_weights(MICRO.text_encoder)),
+        "transformer": transformer_weights(MICRO.transformer),
+        "vae": autoencoder_weights(MICRO.autoencoder),
+        "text_encoder": text_encoder_weights(MICRO.text_encoder),
     }
-    for name, (config, weights) in parts.items():
-        (folder / name).mkdir(parents=True)
-        _write_json(folder / name / "config.json", config)
-        file = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        save(folder / name / f"{file}.safetensors", _stored(weights), {"format": "pt"})
-    (folder / "tokenizer").mkdir()
-    _write_json(folder / "tokenizer" / "tokenizer.json", tokenizer_json(MICRO.text_encoder.vocab_size))
-    _write_json(folder / "tokenizer" / "tokenizer_config.json", _tokenizer_config(MICRO.text_encoder))
-    (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
+    for name, weights in parts.items():
+        save(folder / name / weights_file(name), stored(weights), {"format": "pt"})
+    write_json(folder / "tokenizer" / "tokenizer.json", tokenizer_json(MICRO.text_encoder.vocab_size))
+
+
+def write_configs(folder: Path, variant: Variant) -> None:
+    """Make the folders of a model of these dimensions below `folder`, with everything but weights and vocabulary."""
+    contents = {
+        "transformer/config.json": _transformer_config(variant.transformer),
+        "vae/config.json": _autoencoder_config(variant.autoencoder),
+        "text_encoder/config.json": _text_encoder_config(variant.text_encoder),
+        "tokenizer/tokenizer_config.json": _tokenizer_config(variant.text_encoder),
+        "scheduler/scheduler_config.json": _SCHEDULER,
+        "model_index.json": _MODEL_INDEX,
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, content)
+
+
+def weights_file(part: str) -> str:
+    """Return the name of a part's weights in its folder."""
+    return "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
 
 
 def transformer_weights(config: TransformerConfig) -> Weights:
@@ -121,7 +134,7 @@ def _linears(shapes: dict[str, tuple[int, int, float]]) -> Weights:
     }
 
 
-def _stored(weights: Weights) -> dict[str, Tensor]:
+def stored(weights: Weights) -> dict[str, Tensor]:
     """Return the tensors as they are saved: bfloat16, but batch-norm statistics as they are."""
     return {
         name: _statistic(values) if name.startswith("bn.") else Tensor("BF16", _bfloat16_bits(values))
@@ -139,7 +152,8 @@ def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write readable JSON, the same bytes everywhere."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 

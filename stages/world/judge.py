@@ -48,26 +48,24 @@ class Judge:
     def __init__(self, outlines: Mapping[str, np.ndarray], height: int, width: int) -> None:
         self._names = list(outlines)
         self._size = np.array([width, height])
-        self._templates = np.stack([_masks(outline, height, width) for outline in outlines.values()])
-        rows, columns = np.mgrid[0:height, 0:width] + 0.5
-        totals = self._templates.sum(axis=(2, 3))
+        shorter = min(height, width)
+        # Just wide enough for the largest template wherever its mean lies.
+        self._window = 2 * (int(shorter * RADII[-1]) + 2)
+        self._templates = np.stack([_masks(outline, self._window, shorter) for outline in outlines.values()])
+        self._areas = self._templates.sum(axis=(2, 3))
+        axes = np.mgrid[0 : self._window, 0 : self._window][::-1] + 0.5
         # Where a template's mean lies, seen from the middle that it was drawn around.
-        self._means = (
-            np.stack([(self._templates * axis).sum(axis=(2, 3)) / totals for axis in (columns, rows)], axis=-1)
-            - self._size / 2
-        )
-        self._axes = np.stack([columns, rows], axis=-1)
+        sums = [(self._templates * axis).sum(axis=(2, 3)) for axis in axes]
+        self._means = np.stack(sums, axis=-1) / self._areas[..., None] - self._window / 2
 
     def judge(self, picture: np.ndarray) -> Verdict:
         """Return the verdict on a picture [H, W, 3] uint8."""
-        pixels = picture.astype(np.float32) / 255
-        colours = palette()
-        away = np.linalg.norm(pixels[:, :, None, None] - colours, axis=-1)
+        away = _distances(picture.astype(np.float32) / 255)
         ground = _ground(away)
         colour = _colour(away, ground)
         if colour is None:
             return Verdict(*NOTHING, texture=PLAIN, ground=ground, overlap=0.0)
-        thing = _without_specks(away[:, :, colour, 0] < away[:, :, ground].min(axis=-1))
+        thing = _without_specks(away[:, :, colour, 0] < np.minimum(away[:, :, ground, 0], away[:, :, ground, 1]))
         texture = _texture(away[:, :, ground], thing)
         if thing.sum() < LEAST_PIXELS:
             return Verdict(*NOTHING, texture=texture, ground=ground, overlap=0.0)
@@ -81,15 +79,20 @@ class Judge:
 
     def _match(self, thing: np.ndarray) -> tuple[int, int, np.ndarray, float]:
         """Return shape, radius, middle [2] in parts of the picture, and overlap of the best template."""
-        mean = self._axes[thing].mean(axis=0)
-        shifts = np.rint(mean - self._size / 2 - self._means).astype(int)
-        best = (0, 0, mean / self._size, -1.0)
-        for shape, radius in np.ndindex(*self._templates.shape[:2]):
-            dx, dy = shifts[shape, radius]
-            template = np.roll(self._templates[shape, radius], (dy, dx), axis=(0, 1))
-            overlap = float((template & thing).sum() / (template | thing).sum())
+        area = int(thing.sum())
+        mean = np.argwhere(thing)[:, ::-1].mean(axis=0) + 0.5
+        framed = np.pad(thing, self._window)
+        best = (0, 0, mean / self._size, 0.0)
+        # Of two areas less alike than that, no overlap can be enough.
+        alike = np.minimum(self._areas, area) > LEAST_OVERLAP * np.maximum(self._areas, area)
+        for shape, radius in np.argwhere(alike):
+            middle = mean - self._means[shape, radius]
+            x, y = np.rint(middle + self._window / 2).astype(int)
+            seen = framed[y : y + self._window, x : x + self._window]
+            both = np.count_nonzero(seen & self._templates[shape, radius])
+            overlap = both / (area + self._areas[shape, radius] - both)
             if overlap > best[3]:
-                best = (shape, radius, (mean - self._means[shape, radius]) / self._size, overlap)
+                best = (int(shape), int(radius), middle / self._size, float(overlap))
         return best
 
 
@@ -121,25 +124,36 @@ def score(verdicts: Sequence[Verdict], things: Things, shapes: Sequence[str]) ->
     return Score(**shares, all=float(np.all(list(right.values()), axis=0).mean()))
 
 
-def _masks(outline: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the outline's pixels in the middle of a picture at every radius, bool [radii, H, W]."""
+def _masks(outline: np.ndarray, window: int, shorter: int) -> np.ndarray:
+    """Return the outline's pixels in the middle of a window at every radius, bool [radii, window, window].
+
+    Radii are parts of `shorter` pixels.
+    """
     count = len(RADII)
-    white = np.ones((count, 1, 2, 3), np.float32)
     scenes = Scenes(
         edges=np.tile(padded(outline), (count, 1, 1, 1)),
         centres=np.full((count, 1, 2), 0.5, np.float32),
-        radii=RADII[:, None].astype(np.float32),
-        paints=white,
+        radii=(RADII * shorter / window)[:, None].astype(np.float32),
+        paints=np.ones((count, 1, 2, 3), np.float32),
         kinds=np.zeros((count, 1), np.int32),
         grounds=np.zeros((count, 2, 3), np.float32),
         ground_kinds=np.zeros(count, np.int32),
     )
-    return np.array(render(scenes, height, width))[..., 0] > 0
+    return np.array(render(scenes, window, window))[..., 0] > 0
+
+
+def _distances(pixels: np.ndarray) -> np.ndarray:
+    """Return how far pixels [H, W, 3] are from every colour and its shade, [H, W, colours, 2]."""
+    colours = palette()
+    flat = colours.reshape(-1, 3)
+    # (p - c)^2 multiplied out: one small matrix product for all.
+    squares = np.square(pixels).sum(axis=-1)[..., None] - 2 * pixels @ flat.T + np.square(flat).sum(axis=-1)
+    return np.sqrt(np.maximum(squares, 0)).reshape(*pixels.shape[:2], *colours.shape[:2])
 
 
 def _ground(away: np.ndarray) -> int:
     """Return the commonest colour of the frame, shades counted with their colours; away [H, W, colours, 2]."""
-    nearest = away.min(axis=-1).argmin(axis=-1)
+    nearest = np.minimum(away[..., 0], away[..., 1]).argmin(axis=-1)
     frame = np.ones(nearest.shape, bool)
     frame[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX] = False
     return int(np.bincount(nearest[frame], minlength=len(COLOURS)).argmax())
@@ -149,7 +163,11 @@ def _colour(away: np.ndarray, ground: int) -> int | None:
     """Return the commonest pure colour that is not the ground's, or None without any; things have no shades."""
     flat = away.reshape(*away.shape[:2], -1)
     nearest = flat.argmin(axis=-1)
-    pure = (flat.min(axis=-1) < PURE) & (nearest % 2 == 0) & (nearest // 2 != ground)
+    pure = (
+        (np.take_along_axis(flat, nearest[..., None], axis=-1)[..., 0] < PURE)
+        & (nearest % 2 == 0)
+        & (nearest // 2 != ground)
+    )
     counts = np.bincount(nearest[pure] // 2, minlength=len(COLOURS))
     return int(counts.argmax()) if counts.max() >= LEAST_PIXELS else None
 
