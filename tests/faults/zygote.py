@@ -19,14 +19,12 @@ from pathlib import Path
 
 import msgspec
 
-# What stages import late; here once, before the first fork.
+# What stages import late; here once, before the first fork, with all that is ours.
 WARM = """
 google_crc32c matplotlib.backends.backend_agg matplotlib.figure mlx.core mlx.nn mlx.optimizers numpy PIL.Image
-PIL.ImageCms PIL.ImageDraw pyarrow.parquet rich.progress sqlite3 tokenizers zarr stages.cli stages.validate
-stages.encode_latents stages.encode_text stages.train stages.preview stages.verify stages.flux2.backend
-stages.flux2.load stages.flux2.micro stages.training.loop stages.training.previews stages.training.recorder
-stages.training.sources stages.console.charts stages.console.progress stages.dataset.pixels
+PIL.ImageCms PIL.ImageDraw pyarrow.parquet rich.progress sqlite3 tokenizers zarr
 """
+STAGES = Path(__file__).parents[2] / "stages"
 MODES = {"none": 0, "kill": 1, "kill after": 2, "torn": 3, "errno": 4, "short": 5, "ended": 6, "stop": 7}
 SIDES = {"write": 1, "read": 2}
 
@@ -66,7 +64,10 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def serve() -> None:
-    for name in WARM.split():
+    ours = (
+        path.relative_to(STAGES.parent).with_suffix("") for path in STAGES.rglob("*.py") if path.stem != "__main__"
+    )
+    for name in [*WARM.split(), *(".".join(each.parts) for each in ours if each.name != "__init__")]:
         importlib.import_module(name)
     from stages.flux2.backend import prepare
 
