@@ -192,11 +192,18 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _import_paths() -> list[str]:
-    """Return the folders that hold this program and what the child needs."""
-    found = [importlib.util.find_spec(name) for name in ("msgspec", "numpy", "PIL")]
+def child_command(module: str, *arguments: str) -> list[str]:
+    """Return the command of a child: without site, which it does not need, and without the folder we stand in."""
+    return [sys.executable, "-P", "-S", "-m", module, *arguments]
+
+
+def child_environment(*libraries: str) -> dict[str, str]:
+    """Return the environment of a child, which imports this program and these libraries from where we do."""
+    found = [importlib.util.find_spec(name) for name in libraries]
     folders = [Path(each.origin).parents[1] for each in found if each is not None and each.origin is not None]
-    return [str(folder) for folder in dict.fromkeys([Path(__file__).absolute().parents[2], *folders])]
+    paths = dict.fromkeys([Path(__file__).absolute().parents[2], *folders])
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return {**kept, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OPENBLAS_NUM_THREADS": "1"}
 
 
 def decoders(max_megapixels: float) -> Decoders:
@@ -214,17 +221,13 @@ class _Child:
     """One process, and the pipes to it."""
 
     def __init__(self, max_megapixels: float) -> None:
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-        environment |= {"PYTHONPATH": os.pathsep.join(_import_paths()), "OPENBLAS_NUM_THREADS": "1"}
-        # Imports come from where ours come from, never from the folder we stand in; without site it starts sooner.
-        command = [sys.executable, "-P", "-S", "-m", MODULE, str(max_megapixels)]
         self._process = subprocess.Popen(
-            command,
+            child_command(MODULE, str(max_megapixels)),
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=child_environment("msgspec", "numpy", "PIL"),
         )
         self._max_megapixels = max_megapixels
         self._ready = False

@@ -128,7 +128,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for module in LATER:
         import_module(module)
-    confine(max_megapixels)
+    confine(BASE_BYTES + int(max_megapixels * 1e6) * BYTES_PER_PIXEL)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     _send(answers, Ready(), b"")
     while header := requests.read(HEADER.size):
@@ -137,12 +137,12 @@ def main() -> None:
         _send(answers, *_answer(request, requests.read(raw_bytes), max_megapixels))
 
 
-def confine(max_megapixels: float) -> None:
+def confine(memory_bytes: int) -> None:
     """Limit this process for good: no new files, no writing, no core dump, and memory where the system can."""
     limits = {resource.RLIMIT_NOFILE: 3, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
     # macOS counts what it maps for every process and refuses this limit.
     if sys.platform == "linux":
-        limits[resource.RLIMIT_AS] = BASE_BYTES + int(max_megapixels * 1e6) * BYTES_PER_PIXEL
+        limits[resource.RLIMIT_AS] = memory_bytes
     for kind, most in limits.items():
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

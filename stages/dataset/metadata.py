@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from schemas.errors import Fault, RejectedInput
+from stages.dataset.reading import texts_of
 
 PICTURE_COLUMN = "file_name"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -68,7 +69,7 @@ def read_rows(path: Path, where: str) -> Iterator[Row | Fault]:
         case ".csv":
             yield from _csv_rows(data, where)
         case _:
-            yield from _parquet_rows(path, where)
+            yield from _parquet_rows(data, where)
 
 
 def decode_line(data: bytes, where: str) -> Line:
@@ -127,13 +128,10 @@ def _csv_rows(data: bytes, where: str) -> Iterator[Row | Fault]:
         yield _fault(f"{where} line {reader.line_num}", "table.not_csv", "not valid CSV", str(error))
 
 
-def _parquet_rows(path: Path, where: str) -> Iterator[Row | Fault]:
-    from stages.stores.tables import read_texts
-
-    try:
-        rows = read_texts(path, (PICTURE_COLUMN, *CAPTION_COLUMNS))
-    except RejectedInput as error:
-        yield msgspec.structs.replace(error.faults[0], where=where)
+def _parquet_rows(data: bytes, where: str) -> Iterator[Row | Fault]:
+    rows = texts_of(data, (PICTURE_COLUMN, *CAPTION_COLUMNS))
+    if isinstance(rows, Fault):
+        yield msgspec.structs.replace(rows, where=where)
         return
     for number, cells in enumerate(rows, 1):
         named = cells.pop(PICTURE_COLUMN, None)

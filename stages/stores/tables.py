@@ -92,25 +92,26 @@ def read_table(path: Path, table: Table) -> list[Row]:
     return rows
 
 
-def read_texts(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def read_texts(data: bytes, columns: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of somebody else's table, of `columns` those that hold text; an empty cell is left out.
 
-    Raises RejectedInput when the file is no Parquet table, not UTF-8, or expands beyond the limits.
+    Raises RejectedInput when it is no Parquet table, not UTF-8, or expands beyond the limits. A table that lies about
+    its sizes can take any amount of memory first: stages/dataset/reading.py bounds that.
     """
+    import pyarrow as pa
     from pyarrow import parquet
 
     rows: list[dict[str, str]] = []
-    rejected = partial(_rejected, path, "unreadable", "not a Parquet table that can be read")
+    rejected = partial(_rejected, "unreadable", "not a Parquet table that can be read")
     size = 0
-    with damage_as(rejected), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+    with damage_as(rejected), parquet.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
         if file.metadata.num_rows > MOST_ROWS:
-            raise _rejected(path, "too_long", "the table has too many rows", f"at most {MOST_ROWS}")
+            raise _rejected("too_long", "the table has too many rows", f"at most {MOST_ROWS}")
         schema = file.schema_arrow
         texts = [name for name in columns if name in schema.names and _is_text(schema.field(name).type)]
-        for batch in file.iter_batches(TEXT_BATCH_ROWS, columns=texts):
+        for batch in file.iter_batches(TEXT_BATCH_ROWS, columns=texts, use_threads=False):
             if (size := size + batch.nbytes) > MOST_TEXT_BYTES:
-                why = f"at most {MOST_TEXT_BYTES} bytes of text"
-                raise _rejected(path, "too_large", "the table is too large", why)
+                raise _rejected("too_large", "the table is too large", f"at most {MOST_TEXT_BYTES} bytes of text")
             batch.validate(full=True)
             rows += [{name: text for name, text in row.items() if text is not None} for row in batch.to_pylist()]
     return rows
@@ -150,6 +151,6 @@ def _repeated(rows: Sequence[Row], unique: tuple[str, ...]) -> tuple[object, ...
     return None
 
 
-def _rejected(path: Path, code: str, what: str, why: str) -> RejectedInput:
+def _rejected(code: str, what: str, why: str) -> RejectedInput:
     fix = "write it as metadata.jsonl with the fields file_name and text"
-    return RejectedInput(f"table.{code}", what, where=str(path), why=why, fix=fix)
+    return RejectedInput(f"table.{code}", what, why=why, fix=fix)

@@ -142,7 +142,7 @@ def foreign(checksums: bool) -> bytes:  # noqa: FBT001
 
 @pytest.mark.bar("Q19")
 def test_mutated_parquet_is_read_or_refused(tmp_path: Path, count: Count, measured: Measured) -> None:
-    """Half of them caption tables of other people, without seals; half our own."""
+    """A quarter are caption tables of other people, without seals, read in a child each; the others are our own."""
     own, theirs = tmp_path / "captions.parquet", tmp_path / "metadata.parquet"
     write_table(own, CAPTIONS, [{"caption_id": f"{number:032x}", "text": "a cat"} for number in range(30)])
     rounds, log = count(60, 1000), Log()
@@ -152,11 +152,11 @@ def test_mutated_parquet_is_read_or_refused(tmp_path: Path, count: Count, measur
             raise RejectedInput.of(faults)
 
     draw = random.Random(5)
-    seeds = [foreign(checksums=True), own.read_bytes(), foreign(checksums=False), own.read_bytes()]
-    for number, data in cycled([seeds[n % 4][::-1] if n % 3 else seeds[n % 4] for n in range(12)], rounds):
+    seeds = [foreign(checksums=True), *[own.read_bytes()] * 3, foreign(checksums=False), *[own.read_bytes()] * 3]
+    for number, data in cycled([seeds[n % 8][::-1] if n % 3 else seeds[n % 8] for n in range(24)], rounds):
         # Mutated from the end as well: there lies the footer.
-        data = data[::-1] if number % 12 % 3 else data
-        if number % 2:
+        data = data[::-1] if number % 24 % 3 else data
+        if number % 4:
             own.write_bytes(data)
             log.round((Damaged,), lambda: read_table(own, CAPTIONS))
         else:
