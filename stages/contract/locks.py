@@ -7,11 +7,14 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Generator
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from schemas.errors import Busy, NoResources
 from stages.contract.publish import make_folder, no_resources
+
+# Of who holds a lock, read for a message.
+MOST_BYTES = 1024
 
 
 @contextlib.contextmanager
@@ -20,13 +23,10 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
 
     When another process has it: with `wait`, call `waiting` with who that is and block; else raise Busy.
     """
-    with no_resources(path):
-        make_folder(path.parent)
-        file = path.open("a+")
-    with file:
+    with _opened(path) as file:
         if not _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read(MOST_BYTES).decode("utf-8", "replace").strip() or "another process"
             if not wait:
                 raise Busy(
                     "lock.held",
@@ -37,16 +37,34 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
                 )
             waiting(f"waiting for {holder}")
             _take(file, fcntl.LOCK_EX, path)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        _say_who(file, f"pid {os.getpid()} on {os.uname().nodename}")
         try:
             yield
         finally:
-            file.truncate(0)
+            _say_who(file, "")
 
 
-def _take(file: IO[str], operation: int, path: Path) -> bool:
+@contextlib.contextmanager
+def _opened(path: Path) -> Generator[FileIO]:
+    with no_resources(path):
+        make_folder(path.parent)
+        file = path.open("a+b", buffering=0)
+    try:
+        yield file
+    finally:
+        # The lock goes with the descriptor, whether or not the disk likes what was written.
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def _say_who(file: FileIO, who: str) -> None:
+    """Write who holds the lock, for those who wait: a full disk that cannot take it is not worth an error."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(who.encode())
+
+
+def _take(file: FileIO, operation: int, path: Path) -> bool:
     try:
         fcntl.flock(file, operation)
     except OSError as error:
@@ -60,3 +78,24 @@ def _take(file: IO[str], operation: int, path: Path) -> bool:
             fix="put the store on a local disk (--store DIR)",
         ) from error
     return True
+
+
+@contextlib.contextmanager
+def share(path: Path, waiting: Callable[[str], None]) -> Generator[None]:
+    """Hold the lock at `path` together with all who share it; while they do, nobody can `hold` it.
+
+    Where its file cannot be made nobody can take anything away either, so there is nothing to wait for.
+    """
+    try:
+        if not path.exists():
+            make_folder(path.parent)
+            path.touch()
+        file = path.open("rb", buffering=0)
+    except OSError:
+        yield
+        return
+    with file:
+        if not _take(file, fcntl.LOCK_SH | fcntl.LOCK_NB, path):
+            waiting(f"waiting for {file.read().decode('utf-8', 'replace').strip() or 'another process'}")
+            _take(file, fcntl.LOCK_SH, path)
+        yield

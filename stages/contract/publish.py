@@ -93,7 +93,7 @@ def no_resources(path: Path) -> Generator[None]:
             ) from error
         if error.errno in (errno.EIO, errno.EROFS, errno.EXDEV):
             raise NoResources(
-                "disk.failed", "cannot write", where=str(path), why=str(error), fix="check the disk, then run again"
+                "disk.failed", "the disk failed", where=str(path), why=str(error), fix="check it, then run again"
             ) from error
         raise
 
@@ -144,7 +144,8 @@ def _written(data: bytes, aside: Path, target: Path) -> bool:
         except FileNotFoundError:
             return False
         try:
-            file.truncate(0)
+            # Not the file's own: that one gives up when a signal interrupts it.
+            os.ftruncate(file.fileno(), 0)
             file.write(data)
             file.flush()
             _sync_descriptor(file.fileno())

@@ -116,3 +116,11 @@ def test_file_in_place_of_the_lock_folder_is_named(tmp_path: Path) -> None:
         hold(tmp_path / ".locks" / "train.lock", wait=False, waiting=silent),
     ):
         pass
+
+
+def test_full_disk_that_cannot_take_the_holders_name_does_not_stop_it(path: Path) -> None:
+    """On Linux every write to /dev/full fails for want of space; closing it would write again what is buffered."""
+    path.parent.mkdir()
+    path.symlink_to("/dev/full")
+    with hold(path, wait=False, waiting=silent), pytest.raises(Busy), hold(path, wait=False, waiting=silent):
+        pass
