@@ -26,6 +26,7 @@ from stages.console import messages
 from stages.console.invocation import job_of, place_options
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
+from stages.contract.publish import no_resources
 from stages.contract.runner import Findings, Parallel, follow_stage, load_stage, run_stage
 
 # Shown by --help without importing a verb.
@@ -164,7 +165,9 @@ def _run_stage(name: str, /, **options: Any) -> int:
         if launched_rank():
             follow_stage(name, job)
             return 0
-        result, code = _result(name, job, started)
+        # A disk can fail at any call, not only where something is published.
+        with no_resources(job.store):
+            result, code = _result(name, job, started)
     return _tell(result, code, as_json=as_json)
 
 
