@@ -95,10 +95,11 @@ def draws(schedule: Schedule, held: Sequence[mx.array]) -> Draw:
     return lambda pool, step: (held[pool][mx.array(schedule.rows(step, pool))],)
 
 
-def finish(autoencoder: Autoencoder, pictures: mx.array) -> None:
+def finish(autoencoder: Autoencoder, pictures: mx.array) -> list[float]:
     """Turn trained weights into those that are kept: spread, rounded to bfloat16, then the statistics measured.
 
-    `pictures` [N, H, W, 3] uint8 are what the statistics are of.
+    `pictures` [N, H, W, 3] uint8 are what the statistics are of. Returns the deviations [c] of the latent channels
+    before that: those near zero carry nothing.
     """
     deviations = _moments(autoencoder, pictures)[1]
     spread(autoencoder, deviations)
@@ -108,6 +109,7 @@ def finish(autoencoder: Autoencoder, pictures: mx.array) -> None:
     mean, deviation = _moments(autoencoder, pictures, patches=True)
     autoencoder.bn.running_mean, autoencoder.bn.running_var = mean, mx.square(deviation)
     mx.eval(autoencoder.parameters())
+    return np.array(deviations).tolist()
 
 
 def spread(autoencoder: Autoencoder, deviations: mx.array) -> None:

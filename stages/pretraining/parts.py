@@ -6,7 +6,6 @@ Tensors are bfloat16 under diffusers' names, batch-norm statistics float32.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -21,7 +20,15 @@ from stages.contract.publish import publish_file, workspace
 from stages.flux2 import names
 from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.folder import ModelFiles
-from stages.flux2.micro import stored, text_encoder_weights, weights_file, write_configs, write_json
+from stages.flux2.micro import (
+    AUTOENCODER,
+    TEXT_ENCODER,
+    TOKENIZER,
+    TRANSFORMER,
+    stored,
+    text_encoder_weights,
+    write_json,
+)
 from stages.flux2.micro_tokenizer import tokenizer_json
 from stages.flux2.names import Piece
 from stages.flux2.transformer import Transformer
@@ -29,9 +36,6 @@ from stages.flux2.variants import MICRO, Variant
 from stages.pretraining.autoencoder import config_of
 from stages.stores.tensors import save
 
-TRANSFORMER, AUTOENCODER, TEXT_ENCODER = "transformer.safetensors", "vae.safetensors", "text_encoder.safetensors"
-TOKENIZER = "tokenizer.json"
-PARTS = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER}
 METADATA = {"format": "pt"}
 Weights = dict[str, np.ndarray]
 
@@ -53,14 +57,6 @@ def files_of(folder: Path, variant: Variant) -> ModelFiles:
         tokenizer=folder / TOKENIZER,
         source=str(folder),
     )
-
-
-def assemble(parts: Path, variant: Variant, folder: Path) -> None:
-    """Write the model in the diffusers layout below `folder`, from the parts in `parts`."""
-    write_configs(folder, variant)
-    for part, name in PARTS.items():
-        shutil.copyfile(parts / name, folder / part / weights_file(part))
-    shutil.copyfile(parts / TOKENIZER, folder / "tokenizer" / TOKENIZER)
 
 
 def save_text_parts(folder: Path, variant: Variant) -> None:

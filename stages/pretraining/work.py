@@ -23,6 +23,7 @@ from stages.contract.digests import sha256_file
 from stages.contract.publish import write_file
 from stages.flux2 import load
 from stages.flux2.autoencoder import Autoencoder
+from stages.flux2.micro import PARTS, TOKENIZER
 from stages.flux2.text.tokenize import Tokenizer
 from stages.flux2.transformer import Transformer
 from stages.pretraining import autoencoder as making
@@ -64,8 +65,9 @@ def train_autoencoder(recipe: Recipe, folder: Path) -> None:
     def keep() -> Autoencoder:
         kept = Autoencoder(module.config)
         kept.update(module.parameters())
-        making.finish(kept, measured)
+        deviations = sorted(making.finish(kept, measured))
         parts.save_autoencoder(folder, kept)
+        messages.say(f"deviations of latent channels: {', '.join(f'{each:.2f}' for each in deviations)}")
         return kept
 
     fitted = _fit(trainer, "autoencoder", making.draws(trainer.schedule, held), keep)
@@ -187,7 +189,7 @@ def _report(folder: Path, recipe: Recipe, found: dict[str, object]) -> None:
     """Write what was done into report.json, beside what it says of the other training."""
     path = folder / REPORT
     before = json.loads(path.read_bytes()) if path.is_file() else {}
-    files = sorted(each for each in folder.iterdir() if each.name in (*parts.PARTS.values(), parts.TOKENIZER))
+    files = sorted(each for each in folder.iterdir() if each.name in (*PARTS.values(), TOKENIZER))
     own = {
         "recipe": recipe,
         "world_version": scenes.VERSION,

@@ -91,7 +91,9 @@ def test_kept_weights_are_bfloat16_and_whiten_what_they_were_measured_on() -> No
     own = tiny.recipe(latent_channels=4)
     module = module_of(own.autoencoder)
     pictures = making.measured_pictures(own, 20)
-    making.finish(module, pictures)
+    deviations = making.finish(module, pictures)
+    assert len(deviations) == 4
+    assert min(deviations) > 0
     for half in (module.encoder, module.decoder):
         weight = half.conv_in.weight
         np.testing.assert_array_equal(np.array(weight), np.array(weight.astype(mx.bfloat16).astype(mx.float32)))

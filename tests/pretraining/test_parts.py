@@ -18,6 +18,7 @@ from stages.contract.digests import sha256_file
 from stages.flux2 import load
 from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.folder import open_model
+from stages.flux2.micro import AUTOENCODER, TEXT_ENCODER, TOKENIZER, assemble
 from stages.flux2.shapes import autoencoder_shapes, transformer_shapes
 from stages.flux2.transformer import Transformer
 from stages.pretraining import parts
@@ -49,7 +50,7 @@ def test_parts_make_a_model_folder_with_the_weights_that_were_saved(tmp_path: Pa
         transformer.img_in.weight = transformer.img_in.weight + 1
         parts.save_autoencoder(tmp_path / "parts", autoencoder)
         parts.save_transformer(tmp_path / "parts", transformer)
-    parts.assemble(tmp_path / "parts", variant, tmp_path / "model")
+    assemble(tmp_path / "parts", variant, tmp_path / "model")
     model = open_model(Model(source="model"), tmp_path, lambda _: tmp_path)
     assert (model.variant.transformer, model.variant.autoencoder) == (variant.transformer, variant.autoencoder)
     found = load.load_autoencoder(model, encoder=True, decoder=True)
@@ -65,7 +66,7 @@ def test_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         parts.save_text_parts(tmp_path / name, variant)
         parts.save_autoencoder(tmp_path / name, autoencoder)
-    for file in (parts.AUTOENCODER, parts.TEXT_ENCODER, parts.TOKENIZER):
+    for file in (AUTOENCODER, TEXT_ENCODER, TOKENIZER):
         assert sha256_file(tmp_path / "a" / file) == sha256_file(tmp_path / "b" / file)
 
 
