@@ -46,6 +46,7 @@ HELPERS = {
     "ema": "Average the checkpoints of a training into one LoRA.",
     "report": "Make one page about a run: previews, curves, dataset, settings.",
     "compare": "Make one page of several runs side by side.",
+    "gc": "Show, or delete, what no run uses any more.",
     "repair": "Make again what is damaged in a run, and nothing else.",
     "control": "Ask a training under way to pause, go on, stop, save or draw.",
     "quantize": "Pack a model's weights once, for all runs that hold them so.",

@@ -33,6 +33,7 @@ OPTIONS = {
     "--store --runs --json --quiet -q --debug",
     "fetch": "model --revision --json --quiet --debug",
     "timesteps": "--config -c --set --runs --draws --json --debug",
+    "gc": "--store --runs --older-than --delete --compact --pin --wait --json --quiet --debug",
     "repair": "--config -c --set --store --also --trust --runs findings --json --quiet --debug",
     "control": "run action --runs --json --debug",
     "find-lr": "--config -c --set --store --also --trust --runs --lowest --highest --steps --output -o "

@@ -29,7 +29,7 @@ from stages.contract.artifacts import (
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
-from stages.contract.locks import hold
+from stages.contract.locks import hold, share
 from stages.contract.publish import no_resources, publish_folder, sweep, workspace
 from stages.contract.trust import adopt
 
@@ -186,6 +186,17 @@ def run_stage(stage: Stage, job: Job) -> Outcome:
     key = artifact_key(stage.name, stage.version, plan)
     if job.flags.explain:
         _explain(stage, job, plan, key)
+    # Shared by all stages at work; what clears the store away wants it alone.
+    with share(store_lock(job.store), job.say):
+        return _run(stage, job, plan, key, started)
+
+
+def store_lock(store: Path) -> Path:
+    """Return the lock that keeps a store's content in place while anyone reads it."""
+    return store / ".locks" / "store.lock"
+
+
+def _run(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outcome:
     done = None if job.flags.force else _whole(stage, job, key)
     if done is None:
         with _locks(stage, job, key):

@@ -72,12 +72,12 @@ def check_stores(inspection: Inspection) -> None:
         if folder.is_dir() and folder.stat().st_mode & WORLD_WRITABLE:
             what = "anyone on this machine can put files into the store"
             inspection.error(Untrusted, "store.writable", what, folder, "chmod o-w that folder if you trust it")
-    if litter := [path for path in (job.store / TEMPORARY).glob("*") if _is_litter(path)]:
+    if litter := [path for path in (job.store / TEMPORARY).glob("*") if is_litter(path)]:
         what = f"{len(litter)} things that dead processes left in {job.store / TEMPORARY}"
         inspection.hint("store.litter", what, "the next stage that makes anything removes them, and so does gc")
 
 
-def _is_litter(path: Path) -> bool:
+def is_litter(path: Path) -> bool:
     """Whether a thing in the work folder is older than a day and belongs to no living process."""
     if path.suffix in (".lock", ".new") or time.time() - path.lstat().st_mtime < DAY_SECONDS:
         return False

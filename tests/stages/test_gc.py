@@ -1,0 +1,189 @@
+"""gc: what no run uses goes when asked to, and nothing else ever does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import time
+from typing import Any
+
+import msgspec
+import pytest
+
+from stages.cli import run
+from stages.contract.locks import share
+from stages.contract.runner import store_lock
+from tests.stages.project import Project, contents, draw, edit, listing, rows
+
+DAY_SECONDS = 86_400
+
+
+def gc(project: Project, *more: str, runs: tuple[str, ...] = ("runs",)) -> tuple[int, dict[str, Any], str]:
+    places = [part for each in runs for part in ("--runs", str(project.root / each))]
+    out, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = run(["gc", "--store", str(project.store), *places, *more, "--json"])
+    out.seek(0)
+    return code, msgspec.json.decode(out.read()), errors.getvalue()
+
+
+def kinds(result: dict[str, Any]) -> dict[str, int]:
+    listed = [each["kind"] for each in result["about"]["unreachable"]]
+    return {kind: listed.count(kind) for kind in listed}
+
+
+def aged(project: Project, days: float = 3) -> None:
+    """Let everything in the store be as old as that."""
+    then = time.time() - days * DAY_SECONDS
+    for path in project.store.rglob("*"):
+        os.utime(path, (then, then), follow_symlinks=False)
+
+
+@pytest.fixture
+def moved_on(project: Project) -> Project:
+    """A run that was trained, then got another caption and another rate, and was trained again."""
+    (project.pictures / "ada.txt").write_text("another caption")
+    edit(project.config, "learning_rate = 1e-3", "learning_rate = 2e-3")
+    project.make()
+    aged(project)
+    return project
+
+
+def test_finished_run_leaves_nothing_to_collect(project: Project) -> None:
+    aged(project)
+    code, result, said = gc(project)
+    assert (code, result["status"]) == (0, "up to date")
+    assert result["counts"] == {"runs": 1, "unreachable": 0, "bytes": 0, "deleted": 0, "compacted": 0}
+    assert "1 runs use the rest" in said
+
+
+def test_what_is_not_in_use_is_shown_and_stays(moved_on: Project) -> None:
+    before = listing(moved_on.root)
+    code, result, said = gc(moved_on)
+    assert code == 0
+    assert kinds(result) == {
+        "checkpoints": 1,
+        "encode-latents": 1,
+        "encode-text": 1,
+        "fragments/previews": 2,
+        "preview": 1,
+        "train": 1,
+        "validate": 1,
+    }
+    assert result["counts"]["bytes"] == sum(each["bytes"] for each in result["about"]["unreachable"]) > 1e6
+    assert result["counts"]["deleted"] == 0
+    assert "--delete" in said
+    assert "Not in use" in said
+    assert listing(moved_on.root) == before
+
+
+def test_delete_takes_exactly_what_was_shown(moved_on: Project) -> None:
+    shown = {each["path"] for each in gc(moved_on)[1]["about"]["unreachable"]}
+    code, result, _ = gc(moved_on, "--delete")
+    assert (code, result["status"], result["counts"]["deleted"]) == (0, "built", len(shown))
+    assert not any((moved_on.store / path).exists() for path in shown)
+    assert moved_on.run("verify", "--deep").code == 0
+    assert [ran.status for ran in moved_on.make().values()] == ["up to date"] * 5
+    assert gc(moved_on, "--older-than", "0")[1]["counts"]["unreachable"] == 0
+
+
+def test_what_is_young_stays(moved_on: Project) -> None:
+    assert gc(moved_on, "--older-than", "4", "--delete")[1]["counts"]["deleted"] == 0
+    assert gc(moved_on, "--older-than", "2")[1]["counts"]["unreachable"] == 8
+
+
+def test_runs_in_other_folders_keep_what_they_use_when_they_are_named(moved_on: Project) -> None:
+    shutil.copytree(moved_on.root / "runs", moved_on.root / "elsewhere")
+    edit(moved_on.config, "learning_rate = 2e-3", "learning_rate = 3e-3")
+    moved_on.make()
+    aged(moved_on)
+    alone = gc(moved_on)[1]["counts"]["unreachable"]
+    both = gc(moved_on, runs=("runs", "elsewhere"))[1]["counts"]
+    assert (both["unreachable"], both["runs"]) == (8, 2)
+    assert alone > 8
+
+
+def test_pinned_run_keeps_what_it_used_until_the_pin_is_removed(project: Project) -> None:
+    assert gc(project, "--pin", "cat")[0] == 0
+    pinned = contents(project.store / "train")
+    edit(project.config, "learning_rate = 1e-3", "learning_rate = 2e-3")
+    project.make()
+    aged(project)
+    assert gc(project, "--delete")[1]["counts"]["deleted"] == 0
+    assert pinned.items() <= contents(project.store / "train").items()
+    shutil.rmtree(project.store / "pins" / "cat")
+    assert kinds(gc(project)[1])["train"] == 1
+    code, result, _ = gc(project, "--pin", "dog")
+    assert (code, result["error"]["code"]) == (2, "gc.unknown_run")
+
+
+def test_nothing_is_deleted_while_a_stage_works_on_the_store(moved_on: Project) -> None:
+    before = listing(moved_on.store)
+    with share(store_lock(moved_on.store), lambda _: None):
+        code, result, _ = gc(moved_on, "--delete")
+        assert (code, result["error"]["code"]) == (6, "lock.held")
+        assert gc(moved_on)[1]["counts"]["unreachable"] == 8
+    assert listing(moved_on.store).keys() == before.keys()
+    assert gc(moved_on, "--delete")[1]["counts"]["deleted"] == 8
+
+
+@pytest.mark.parametrize(("name", "code"), [("train.json", "gc.receipt"), ("trajectory.json", "gc.note")])
+def test_run_that_cannot_be_read_stops_everything(moved_on: Project, name: str, code: str) -> None:
+    (moved_on.results / name).write_text("{")
+    before = listing(moved_on.store / "train")
+    exit_code, result, _ = gc(moved_on, "--delete")
+    assert (exit_code, result["error"]["code"]) == (4, code)
+    assert listing(moved_on.store / "train") == before
+
+
+def test_no_run_at_all_is_no_reason_to_delete_everything(moved_on: Project) -> None:
+    code, result, _ = gc(moved_on, "--delete", runs=("nowhere",))
+    assert (code, result["error"]["code"]) == (2, "gc.no_runs")
+    assert moved_on.run("verify").code == 0
+
+
+def test_what_others_put_there_and_what_is_no_artifact_stays(moved_on: Project) -> None:
+    for name in ("notes.txt", "mine/picture.png", "fragments/other/thing", "pins/readme"):
+        path = moved_on.store / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    kept = ("lookup", "models", "mine", "fragments/other", "pins", "notes.txt")
+    before = {name: each for name, each in listing(moved_on.store).items() if name.startswith(kept)}
+    gc(moved_on, "--older-than", "0", "--delete")
+    after = listing(moved_on.store)
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_work_that_dead_processes_left_goes(project: Project) -> None:
+    folder = project.store / ".tmp" / "dead"
+    folder.mkdir(parents=True)
+    (folder / "half").write_text("half")
+    assert gc(project)[1]["counts"]["unreachable"] == 0
+    aged(project)
+    assert kinds(gc(project, "--delete")[1]) == {"work left behind": 1}
+    assert not folder.exists()
+
+
+def test_small_fragments_are_put_together_without_changing_any_digest(untrained: Project) -> None:
+    for name, color in {"eva": (9, 9, 9), "fay": (99, 9, 9), "gil": (9, 99, 9)}.items():
+        draw(untrained.pictures, name, color)
+        untrained.make("validate", "encode-latents", "encode-text")
+    before = untrained.make("validate", "encode-latents", "encode-text")
+    aged(untrained)
+    indices = [
+        sorted((untrained.store / stage).glob("*/index.parquet")) for stage in ("encode-latents", "encode-text")
+    ]
+    assert gc(untrained, "--compact")[1]["counts"]["compacted"] == 2
+    code, result, _ = gc(untrained, "--compact", "--delete")
+    assert (code, result["counts"]["compacted"]) == (0, 2)
+    assert kinds(result)["fragments/latents"] == kinds(result)["fragments/embeddings"] == 4
+    for (path,) in [[each for each in found if each.exists()] for found in indices]:
+        assert len({row["fragment"] for row in rows(path)}) == 1
+    again = untrained.make("validate", "encode-latents", "encode-text")
+    for stage, ran in again.items():
+        assert (ran.status, ran.result["digest"]) == ("up to date", before[stage].result["digest"])
+    untrained.make()
+    assert untrained.run("verify", "--deep", "--recompute", "100%").code == 0
+    assert gc(untrained, "--compact")[1]["counts"]["compacted"] == 0
