@@ -80,7 +80,6 @@ def COMMAND(config: Path, assignments: tuple[str, ...], runs: Path, draws: int, 
     kind = str(settings.train.timesteps.__struct_config__.tag)
     drawn = {f"{size_px} px": drawn_at(settings, size_px, draws) for size_px in sizes_px(settings)}
     path = runs / (settings.run.name or config.stem) / CHART
-    path.parent.mkdir(parents=True, exist_ok=True)
     timesteps_chart(drawn, kind, path)
     header = ["t (1 is noise)", *(part for name in drawn for part in (f"draws, {name}", f"weight, {name}"))]
     messages.table(f"Timesteps: {kind}", header, rows(drawn))

@@ -11,7 +11,7 @@ from schemas.errors import BadConfig
 from schemas.manifest import Manifest
 from schemas.run import Config
 from stages.contract.digests import StatCache
-from stages.contract.publish import no_resources
+from stages.contract.publish import no_resources, refuse_link
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class Job:
 
     @property
     def run_folder(self) -> Path:
-        """Where the person finds the results."""
-        return self.runs / self.run
+        """Where the person finds the results. Raises BadConfig when it is a symlink."""
+        folder = self.runs / self.run
+        refuse_link(folder)
+        return folder
 
     @property
     def base(self) -> Path:

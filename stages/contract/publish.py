@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Generator
 from pathlib import Path
 
-from schemas.errors import NoResources
+from schemas.errors import BadConfig, NoResources
 from stages.contract.digests import sha256_file
 
 TEMPORARY = ".tmp"
@@ -124,7 +124,8 @@ def publish_file(work: Path, target: Path) -> None:
 
 
 def write_file(target: Path, data: bytes) -> None:
-    """Write `data` to `target` by way of a synced sibling and a rename; a symlink is replaced, never followed."""
+    """Write `data` to `target` by way of a synced sibling and a rename. Raises BadConfig where a symlink stands."""
+    refuse_link(target)
     with no_resources(target):
         make_folder(target.parent)
         aside = target.parent / f".{target.name}.tmp"
@@ -136,7 +137,7 @@ def write_file(target: Path, data: bytes) -> None:
 
 def _written(data: bytes, aside: Path, target: Path) -> bool:
     """One name for all writers, and a lock: what a killed process leaves, the next one overwrites."""
-    with aside.open("ab") as file:
+    with open(aside, "ab", opener=_not_through_links) as file:  # noqa: PTH123 (Path.open takes no opener)
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             if aside.stat().st_ino != os.fstat(file.fileno()).st_ino:
@@ -154,6 +155,10 @@ def _written(data: bytes, aside: Path, target: Path) -> bool:
             aside.unlink()
             raise
     return True
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(path: Path) -> None:
@@ -174,6 +179,7 @@ def _sync_descriptor(descriptor: int) -> None:
 
 def _moved(work: Path, target: Path) -> bool:
     """Rename `work` to `target`; False when another process put a folder there at this moment."""
+    refuse_link(target.parent)
     make_folder(target.parent)
     # A file takes a file's place in one rename; a folder needs the place free.
     if target.is_dir() or target.is_symlink():
@@ -198,6 +204,18 @@ def _same_folder(left: Path, right: Path) -> bool:
     return all(
         not (right / name).is_symlink() and sha256_file(left / name) == sha256_file(right / name) for name in names
     )
+
+
+def refuse_link(path: Path) -> None:
+    """Raise BadConfig when `path` is a symlink: what is written there would land where nobody named."""
+    if path.is_symlink():
+        raise BadConfig(
+            "output.symlink",
+            "a symbolic link is in the way of what is to be written",
+            where=str(path),
+            why=f"it points to {path.readlink()}",
+            fix="remove the link, or name the place it points to",
+        )
 
 
 def make_folder(folder: Path) -> None:

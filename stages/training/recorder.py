@@ -11,13 +11,14 @@ import mlx.core as mx
 import msgspec
 
 from schemas import results
+from schemas.errors import NoResources
 from schemas.version import VERSION
 from stages.console.charts import training_curves
 from stages.console.progress import Measures, Progress
 from stages.contract.artifacts import Plan, restore_file
 from stages.contract.digests import canonical_json, digest_of
 from stages.contract.job import Job
-from stages.contract.publish import write_file
+from stages.contract.publish import no_resources, write_file
 from stages.flux2.identity import model_of
 from stages.flux2.load import load_autoencoder
 from stages.flux2.quantize import held_as
@@ -71,6 +72,7 @@ class Recorder:
         # Lines since the last checkpoint, which holds all before it: memory does not grow with the training.
         self._recent: list[Line] = []
         self._live = job.run_folder / results.METRICS
+        self._shown = True
         self._shots: list[tuple[int, str]] = []
         self.last: Checkpoint | None = None
 
@@ -95,12 +97,29 @@ class Recorder:
         """Add to a step's line what is measured at that step, append it to the file, and show it."""
         line.update(self._measured(int(line["step"])))
         self._recent.append(line)
-        with self._live.open("ab") as file:
-            file.write(msgspec.json.encode(line) + b"\n")
+        self._show(line)
         self._tell(line)
         self._bar.measure(Measures(line["loss"], line["learning_rate"], int(line["peak_bytes"])))
         self._bar.advance(1)
         self._watch(line)
+
+    def _show(self, line: Line) -> None:
+        """Append the line to the live file; while there is no room for it, training goes on without.
+
+        Nothing is lost: checkpoints hold all lines, and the next that fits brings the missing ones with it.
+        """
+        try:
+            with no_resources(self._live):
+                if self._shown:
+                    with self._live.open("ab") as file:
+                        file.write(msgspec.json.encode(line) + b"\n")
+                else:
+                    write_file(self._live, metrics_lines(self._history(int(line["step"]))))
+                self._shown = True
+        except NoResources as error:
+            if self._shown:
+                self._job.warn(f"{error.faults[0].line()} (training goes on)")
+            self._shown = False
 
     def checkpoint(self, step: int, public: bool) -> None:  # noqa: FBT001
         """Publish the state; a public one also gives its LoRA file and pictures."""

@@ -13,7 +13,7 @@ import pytest
 from schemas.base import Strict
 from schemas.encode_latents import EncodeLatents
 from schemas.encode_text import EncodeText
-from schemas.errors import Damaged
+from schemas.errors import BadConfig, Damaged
 from schemas.manifest import Manifest
 from schemas.preview import Preview
 from schemas.timesteps import LogitNormal, Uniform
@@ -202,14 +202,13 @@ def test_result_is_restored_when_absent_or_changed_and_else_left_alone(tmp_path:
     assert target.read_bytes() == b"lora"
 
 
-def test_link_in_place_of_a_result_is_replaced_not_followed(tmp_path: Path) -> None:
+def test_link_in_place_of_a_result_is_refused_not_followed(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"lora")
     (tmp_path / "elsewhere").write_bytes(b"mine")
     (tmp_path / "target").symlink_to(tmp_path / "elsewhere")
-    restore_file(tmp_path / "source", tmp_path / "target", StatCache(tmp_path / "digests.sqlite"))
+    with pytest.raises(BadConfig, match="symbolic link"):
+        restore_file(tmp_path / "source", tmp_path / "target", StatCache(tmp_path / "digests.sqlite"))
     assert (tmp_path / "elsewhere").read_bytes() == b"mine"
-    assert not (tmp_path / "target").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"lora"
 
 
 class Inner(Strict, frozen=True, tag_field="kind", tag="inner"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import NoResources
+from schemas.errors import BadConfig, NoResources
 from stages.contract import publish
 from stages.contract.publish import publish_file, publish_folder, sweep, workspace, write_file
 from tests.contract.dying import deaths
@@ -165,16 +165,33 @@ def test_damaged_target_is_replaced(tmp_path: Path, files: dict[str, str]) -> No
 def test_linked_target_is_replaced_and_what_it_points_to_is_left_alone(tmp_path: Path) -> None:
     outside = folder(tmp_path / "outside", a="1")
     (tmp_path / "store").mkdir()
-    for name in ("artifact", "receipt", "part", "dangling"):
+    for name in ("artifact", "part", "dangling"):
         (tmp_path / "store" / name).symlink_to(outside if name == "artifact" else outside / name)
     publish_folder(folder(tmp_path / "work", a="1"), tmp_path / "store" / "artifact")
     publish_folder(folder(tmp_path / "work", a="1"), tmp_path / "store" / "dangling")
-    write_file(tmp_path / "store" / "receipt", b"receipt")
     (tmp_path / "part").write_bytes(b"part")
     publish_file(tmp_path / "part", tmp_path / "store" / "part")
     assert not any(path.is_symlink() for path in (tmp_path / "store").iterdir())
     assert contents(outside) == {"a": "1", "inner/a": "1"}
-    assert (tmp_path / "store" / "receipt").read_bytes() == b"receipt"
+
+
+def test_nothing_is_written_where_a_person_put_a_link(tmp_path: Path) -> None:
+    outside = folder(tmp_path / "outside", a="1")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "receipt").symlink_to(outside / "a")
+    (tmp_path / "store" / "kind").symlink_to(outside)
+    (tmp_path / "part").write_bytes(b"part")
+    writers = (
+        lambda: write_file(tmp_path / "store" / "receipt", b"receipt"),
+        lambda: publish_file(tmp_path / "part", tmp_path / "store" / "kind" / "part"),
+        lambda: publish_folder(folder(tmp_path / "work", a="1"), tmp_path / "store" / "kind" / "artifact"),
+    )
+    for write in writers:
+        with pytest.raises(BadConfig) as refused:
+            write()
+        assert (refused.value.exit_code, refused.value.faults[0].code) == (2, "output.symlink")
+    assert contents(outside) == {"a": "1", "inner/a": "1"}
+    assert (tmp_path / "store" / "receipt").is_symlink()
 
 
 def test_file_linked_inside_a_target_does_not_pass_as_equal(tmp_path: Path) -> None:
