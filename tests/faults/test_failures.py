@@ -88,3 +88,22 @@ def test_failing_read_is_an_error_or_harmless(
     bads = len({each.partition(":")[0] for each in bad})
     measured("Q5", f"{stage}, {name}: {len(tried) - bads} of {len(tried)}, of {len(points)} reads")
     assert bad == []
+
+
+def test_training_goes_on_when_its_live_log_finds_no_room(bench: Bench) -> None:
+    """A line that is cut in the middle is written again with the next, and the checkpoint holds it anyway."""
+    live = "runs/cat/metrics.jsonl"
+    first = next(
+        call for call in calls(bench.ran["train"].log, "w") if call.operation == "write" and call.path.endswith(live)
+    )
+    bench.put(bench.before("train"))
+    for beyond in (-1, 0, 1, 2):
+        bench.put(bench.before("train"))
+        fault = Fault(at=first.number + beyond, mode="errno", errno=errno.ENOSPC, operation="write")
+        ran = bench.stage("train", fault)
+        assert ran.code == 0, ran.err
+        assert wrong(bench, "train", ran, (RESOURCES,)) == []
+        if "training goes on" in ran.err:
+            assert differences(bench.root, bench.after["train"]) == []
+            return
+    pytest.fail("no write of the live log was failed")
