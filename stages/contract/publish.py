@@ -137,7 +137,7 @@ def write_file(target: Path, data: bytes) -> None:
 
 def _written(data: bytes, aside: Path, target: Path) -> bool:
     """One name for all writers, and a lock: what a killed process leaves, the next one overwrites."""
-    with open(aside, "ab", opener=_not_through_links) as file:  # noqa: PTH123 (Path.open takes no opener)
+    with open(aside, "ab", opener=_not_through_links) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             if aside.stat().st_ino != os.fstat(file.fileno()).st_ino:

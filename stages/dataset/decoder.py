@@ -84,11 +84,12 @@ class Decoders:
         if not self._idle:
             self._idle.append(_Child(self._max_megapixels))
 
-    def inspect(self, folder: Path, names: Sequence[str]) -> Iterator[Inspected | Fault]:
+    def inspect(self, folder: Path, names: Sequence[str], *, glance: bool = False) -> Iterator[Inspected | Fault]:
         """Yield what each of these pictures below `folder` is, or its fault, in order.
 
-        Faults are those of `read_picture` and `pixels.inspect`, and those of a picture that crashes the decoder or
-        keeps it too long. Raises NoResources when no child can be started.
+        With `glance` headers are believed and no pixel is decoded. Faults are those of `read_picture` and
+        `pixels.inspect`, and those of a picture that crashes the decoder or keeps it too long. Raises NoResources
+        when no child can be started.
         """
         groups = list(_groups(folder, names))
         # A child per thread, and to start one takes as long as to decode some megabytes.
@@ -96,10 +97,10 @@ class Decoders:
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(groups), WINDOW):
                 window = [group for group, _ in groups[start : start + WINDOW]]
-                for outcomes in pool.map(lambda group: self._look(folder, group), window):
+                for outcomes in pool.map(lambda group: self._look(folder, group, glance=glance), window):
                     yield from outcomes
 
-    def _look(self, folder: Path, names: Sequence[str]) -> list[Inspected | Fault]:
+    def _look(self, folder: Path, names: Sequence[str], *, glance: bool) -> list[Inspected | Fault]:
         outcomes: dict[str, Inspected | Fault] = {}
         whole: dict[str, bytes] = {}
         for name in names:
@@ -107,18 +108,19 @@ class Decoders:
                 whole[name] = read_picture(folder / name, name)
             except RejectedInput as error:
                 outcomes[name] = error.faults[0]
-        outcomes |= self._inspected(whole) if whole else {}
+        outcomes |= self._inspected(whole, glance=glance) if whole else {}
         return [outcomes[name] for name in names]
 
-    def _inspected(self, pictures: Mapping[str, bytes]) -> dict[str, Inspected | Fault]:
-        request = Inspect(pictures=tuple((name, len(data)) for name, data in pictures.items()))
+    def _inspected(self, pictures: Mapping[str, bytes], *, glance: bool) -> dict[str, Inspected | Fault]:
+        request = Inspect(pictures=tuple((name, len(data)) for name, data in pictures.items()), glance=glance)
         try:
             answer, _ = self._ask(request, b"".join(pictures.values()), next(iter(pictures)))
         except RejectedInput as error:
             if len(pictures) == 1:
                 return dict.fromkeys(pictures, error.faults[0])
             # One of them ended the child: ask a new one for each by itself.
-            return {key: each for name in pictures for key, each in self._inspected({name: pictures[name]}).items()}
+            alone = [self._inspected({name: data}, glance=glance) for name, data in pictures.items()]
+            return {name: outcome for each in alone for name, outcome in each.items()}
         outcomes = cast("Looked", answer).outcomes
         return {
             name: each.fault if isinstance(each, Refused) else each.inspected
@@ -194,7 +196,7 @@ def _size(path: Path) -> int:
 
 def child_command(module: str, *arguments: str) -> list[str]:
     """Return the command of a child: without site, which it does not need, and without the folder we stand in."""
-    return [sys.executable, "-P", "-S", "-m", module, *arguments]
+    return [sys.executable, "-B", "-P", "-S", "-m", module, *arguments]
 
 
 def child_environment(*libraries: str) -> dict[str, str]:
