@@ -94,12 +94,12 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
     """Take two steps to warm up and `steps` to measure."""
     import mlx.core as mx
 
-    from stages.flux2.packing import bytes_of
+    from stages.flux2.packing import bytes_of, packed_modules
     from stages.flux2.quantize import held_as
     from stages.flux2.shapes import transformer_shapes
     from stages.training.step import Trainer
 
-    held = cast(Quantize, held_as(transformer))
+    held, shapes = cast(Quantize, held_as(transformer)), transformer_shapes(variant.transformer)
     trainer = Trainer(transformer, settings, SEED)
     batch = random_batch(variant, size_px, settings.batch_size)
     mx.eval(batch)
@@ -120,7 +120,7 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
         quantize=held,
         gradient_checkpointing=settings.gradient_checkpointing,
         compile=settings.compile,
-        weight_bytes=bytes_of(transformer_shapes(variant.transformer), held, transformer.dtype.size),
+        weight_bytes=bytes_of(shapes, packed_modules(shapes, held), transformer.dtype.size),
         milliseconds=round(1000 * median(times[2:]), 1),
         peak_bytes=mx.get_peak_memory(),
         loss=loss,

@@ -15,7 +15,7 @@ from mlx import nn
 from schemas.quantize import Quantize
 from stages.flux2 import names, shapes, weights
 from stages.flux2.folder import ModelFiles
-from stages.flux2.packing import chosen
+from stages.flux2.packing import Format, chosen
 from stages.flux2.quantize import fill, held
 from stages.flux2.weights import Layout
 
@@ -63,6 +63,18 @@ def load_text_encoder(model: ModelFiles, dtype: mx.Dtype, quantize: Quantize = "
         case "mistral3":
             return _fill(Mistral3(config, dtype), _text_encoder(model), dtype, asked)
     assert_never(config.kind)
+
+
+def transformer_formats(model: ModelFiles, quantize: Quantize) -> dict[str, Format]:
+    """Return the modules that `load_transformer` would hold packed, reading headers only. Raises as it does."""
+    layout = _transformer(model)
+    return chosen(layout.shapes, layout.packed, quantize, "model.quantize")
+
+
+def text_encoder_formats(model: ModelFiles, quantize: Quantize) -> dict[str, Format]:
+    """Return the modules that `load_text_encoder` would hold packed, in the same way."""
+    layout = _text_encoder(model)
+    return chosen(layout.shapes, layout.packed, quantize, "encode_text.quantize")
 
 
 def packed_transformer(model: ModelFiles, quantize: Quantize) -> Iterator[tuple[str, mx.array]]:

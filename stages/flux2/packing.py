@@ -107,9 +107,8 @@ def chosen(shapes: Shapes, found: Mapping[str, Format], quantize: Quantize, sett
     )
 
 
-def bytes_of(shapes: Shapes, quantize: Quantize, element_bytes: int) -> int:
-    """Return the bytes of a model's weights; those not packed have `element_bytes` each."""
-    packed = packed_modules(shapes, quantize)
+def bytes_of(shapes: Shapes, packed: Mapping[str, Format], element_bytes: int) -> int:
+    """Return the bytes of a model's weights; those of modules not `packed` have `element_bytes` each."""
     return sum(
         packed[module].bytes_of(shape)
         if (module := name.removesuffix(".weight")) in packed
@@ -118,9 +117,9 @@ def bytes_of(shapes: Shapes, quantize: Quantize, element_bytes: int) -> int:
     )
 
 
-def largest_packed(shapes: Shapes, quantize: Quantize) -> int:
+def largest_packed(shapes: Shapes, packed: Mapping[str, Format]) -> int:
     """Return the numbers of the largest packed matrix, which is unpacked whole to be multiplied with; 0 if none."""
-    return max((math.prod(shapes[f"{module}.weight"]) for module in packed_modules(shapes, quantize)), default=0)
+    return max((math.prod(shapes[f"{module}.weight"]) for module in packed), default=0)
 
 
 def recognise(columns: int, words: int, scales: tuple[str, int], *, biases: bool) -> Format | None:

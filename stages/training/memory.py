@@ -1,16 +1,17 @@
-"""How much memory a training step needs, before anything is loaded; and what running out of it looks like.
+"""How much memory each stage needs, before anything is loaded; and what running out of it looks like.
 
-The estimate is fitted to MLX's own peak, not compiled, mlx 0.32.4, 2026-11. CUDA: klein 4B and 9B in bfloat16 at 512
-and 1024 px with and without checkpointing, one H200, within 3 %. CPU: seven small models in float32, within 12 %.
-Metal is not measured: like the CPU it has no fused attention in training. T tokens, D width of the streams.
+The estimate of a training step is fitted to MLX's own peak, not compiled, mlx 0.32.4, 2026-11. CUDA: klein 4B and 9B
+in bfloat16 at 512 and 1024 px with and without checkpointing, one H200, within 3 %. CPU: seven small models in
+float32, within 12 %. Metal is not measured: like the CPU it has no fused attention in training. T tokens, D width of
+the streams.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +20,34 @@ import msgspec
 
 from schemas.adapter import LoKr, LoRA
 from schemas.errors import NoResources
+from schemas.quantize import Quantize
 from schemas.train import Train
 from stages.flux2.backend import Backend
-from stages.flux2.shapes import transformer_shapes
+from stages.flux2.packing import Format, bytes_of, largest_packed, packed_modules
+from stages.flux2.shapes import Shapes, autoencoder_shapes, text_encoder_shapes, transformer_shapes
 from stages.flux2.transformer import Transformer
-from stages.flux2.variants import TransformerConfig, Variant
+from stages.flux2.variants import AutoencoderConfig, TextEncoderConfig, TransformerConfig, Variant
 from stages.lora.formats.bfl import to_tensors
 from stages.lora.merge import attach, portable
 from stages.training.step import Trainer
 
+Device = Literal["cpu", "metal", "cuda"]
+Packed = Mapping[str, Format]  # the quantized modules of a model
+# Of a number in the type that large matrices are multiplied in.
+ELEMENT_BYTES: dict[Device, int] = {"cpu": 4, "metal": 2, "cuda": 2}
+# Of a number of the largest packed matrix while it is multiplied with. CPU: fitted (unpacking alone takes 14, not
+# always at the peak). CUDA: three matrices in flight, not measured. Metal's kernel unpacks inside.
+UNPACKING_BYTES: dict[Device, int] = {"cpu": 8, "metal": 0, "cuda": 6}
+# Without gradients, fitted to MLX's peaks on the CPU within 10 %; not measured on GPUs. Of a transformer: streams of
+# T x D beside the scores. Of a text encoder: scores, hidden layers of its MLP, and how much more of a packed matrix,
+# since two are unpacked side by side. Of the autoencoder: planes of the picture's size for every channel of the first
+# level (encoder: always, and for each of its layers), of the first and of the second (decoder); most of them are what
+# the CPU unfolds for a convolution, of which GPUs are taken to need a sixth.
+FORWARD_STREAMS = 44
+TEXT_SCORES, TEXT_HIDDEN, TEXT_UNPACKED = 2, 5, 3
+ENCODER_PLANES, DECODER_PLANES = (28, 10), (20, 29)
+UNFOLD: dict[Device, float] = {"cpu": 1, "metal": 1 / 6, "cuda": 1 / 6}
+FLOAT_BYTES = 4
 # By so much the estimate may be too large.
 TOLERANCE = 0.15
 PIXELS_PER_TOKEN = 16
@@ -53,7 +73,6 @@ class Costs:
     in_flight_bytes: float = 0.0
 
 
-Device = Literal["cpu", "metal", "cuda"]
 PLAIN: dict[Device, Costs] = {
     "cuda": Costs(22, 120, 0, 0, 6.25e9),
     "metal": Costs(17.5, 60, 1, 2),
@@ -68,9 +87,8 @@ CHECKPOINTED: dict[Device, Costs] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the frozen weights, of everything a checkpoint holds, of the adapters in it, and of a LoRA file."""
+    """Bytes of everything a checkpoint holds, of the adapters in it, and of a LoRA file."""
 
-    weights: int
     state: int
     factors: int
     file: int
@@ -78,7 +96,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Demand:
-    """A training step as far as memory goes; `tokens` are those of the largest picture."""
+    """A training step as far as memory goes; `tokens` are those of the largest picture, `packed` is quantized."""
 
     config: TransformerConfig
     device: Device
@@ -88,6 +106,7 @@ class Demand:
     batch: int
     rank: int
     checkpointing: bool
+    packed: Packed = field(default_factory=dict[str, Format])
 
 
 def sizes(variant: Variant, settings: Train, compute: mx.Dtype) -> Sizes:
@@ -98,14 +117,12 @@ def sizes(variant: Variant, settings: Train, compute: mx.Dtype) -> Sizes:
         settings = msgspec.structs.replace(settings, adapter=LoRA())
     transformer = Transformer(variant.transformer)
     transformer.set_dtype(compute)
-    weights = sum(math.prod(shape) for shape in transformer_shapes(variant.transformer).values()) * compute.size
     attach(transformer, settings, seed=0)
     trainer = Trainer(transformer, settings, 0)
     # A PiSSA file holds twice the rank.
     copies = 2 if isinstance(adapter, LoRA) and adapter.init == "pissa" else 1
     file = to_tensors(portable(transformer, trainer.factors), dtype=getattr(mx, settings.save_dtype))
     return Sizes(
-        weights=weights,
         state=sum(array.nbytes for array in trainer.state().values()),
         factors=sum(array.nbytes for array in trainer.factors.values()),
         file=copies * sum(array.nbytes for array in file.values()),
@@ -116,7 +133,7 @@ def estimate(demand: Demand) -> int:
     """Return the peak of a training step in bytes."""
     config, costs = demand.config, (CHECKPOINTED if demand.checkpointing else PLAIN)[demand.device]
     blocks = config.num_layers + config.num_single_layers
-    element = 4 if demand.device == "cpu" else 2
+    element = ELEMENT_BYTES[demand.device]
     total = demand.tokens + demand.text_tokens
     stream = element * demand.batch * total * config.inner_dim
     scores = element * demand.batch * config.num_attention_heads * total**2
@@ -126,8 +143,51 @@ def estimate(demand: Demand) -> int:
     in_flight = min(costs.in_flight_bytes, (blocks * plain.block + plain.once) * stream)
     attention = (blocks * costs.score_block + costs.scores) * scores
     # The state before and after the step, gradients as they are and clipped.
-    kept = demand.sizes.weights + 2 * demand.sizes.state + 2 * demand.sizes.factors
+    weights = held(transformer_shapes(config), demand.packed, demand.device)
+    kept = weights + 2 * demand.sizes.state + 2 * demand.sizes.factors
     return math.ceil(kept + in_flight + activations + attention)
+
+
+def text_peak(config: TextEncoderConfig, packed: Packed, device: Device) -> int:
+    """Return the peak of encoding a text in bytes."""
+    element, length = ELEMENT_BYTES[device], config.length
+    scores = config.num_attention_heads * length**2
+    activations = TEXT_SCORES * scores + TEXT_HIDDEN * length * config.intermediate_size
+    shapes = text_encoder_shapes(config)
+    return (
+        bytes_of(shapes, packed, element) + TEXT_UNPACKED * unpacking(shapes, packed, device) + element * activations
+    )
+
+
+def latents_peak(config: AutoencoderConfig, device: Device, pixels: int) -> int:
+    """Return the peak of encoding a picture of so many pixels in bytes; always computed in float32."""
+    weights = bytes_of(autoencoder_shapes(config, decoder=False), {}, FLOAT_BYTES)
+    planes = (ENCODER_PLANES[0] + ENCODER_PLANES[1] * config.layers_per_block) * config.block_out_channels[0]
+    return weights + math.ceil(FLOAT_BYTES * pixels * planes * UNFOLD[device])
+
+
+def preview_peak(variant: Variant, packed: Packed, device: Device, size_px: int) -> int:
+    """Return the peak of drawing a square picture in bytes: transformer and decoder stay in memory together."""
+    config, element = variant.transformer, ELEMENT_BYTES[device]
+    total = (size_px // PIXELS_PER_TOKEN) ** 2 + variant.text_encoder.length
+    activations = FORWARD_STREAMS * total * config.inner_dim
+    scores = config.num_attention_heads * total**2 if PLAIN[device].scores else 0
+    forward = element * (activations + scores) + PLAIN[device].in_flight_bytes
+    first, second, *_ = variant.autoencoder.decoder_channels
+    planes = DECODER_PLANES[0] * first + DECODER_PLANES[1] * second
+    decoding = FLOAT_BYTES * size_px**2 * planes * UNFOLD[device]
+    decoder = bytes_of(autoencoder_shapes(variant.autoencoder, encoder=False), {}, FLOAT_BYTES)
+    return held(transformer_shapes(config), packed, device) + decoder + math.ceil(max(forward, decoding))
+
+
+def held(shapes: Shapes, packed: Packed, device: Device) -> int:
+    """Return the bytes of frozen weights, and of the largest packed one while it is multiplied with."""
+    return bytes_of(shapes, packed, ELEMENT_BYTES[device]) + unpacking(shapes, packed, device)
+
+
+def unpacking(shapes: Shapes, packed: Packed, device: Device) -> int:
+    """Return the bytes that the largest packed matrix takes while it is multiplied with."""
+    return UNPACKING_BYTES[device] * largest_packed(shapes, packed)
 
 
 def require(demand: Demand, limit_bytes: int | None, warn: Callable[[str], None]) -> None:
@@ -165,14 +225,24 @@ def _smaller(demand: Demand) -> Iterator[tuple[str, str, Demand]]:
         yield "train.gradient_checkpointing", "true", replace(demand, checkpointing=True)
     if demand.batch > 1:
         yield "train.batch_size", "1", replace(demand, batch=1)
+    yield from _quantized(demand, "8bit")
     if demand.rank > SMALL_RANK:
         share, whole = SMALL_RANK / demand.rank, demand.sizes
         less = replace(whole, state=int(whole.state * share), factors=int(whole.factors * share))
         yield "train.rank", str(SMALL_RANK), replace(demand, rank=SMALL_RANK, sizes=less)
+    yield from _quantized(demand, "4bit")
     for size_px in SMALLER_PX:
         tokens = (size_px // PIXELS_PER_TOKEN) ** 2
         if tokens < demand.tokens:
             yield "validate.resolutions", f"[{size_px}]", replace(demand, tokens=tokens)
+
+
+def _quantized(demand: Demand, quantize: Quantize) -> Iterator[tuple[str, str, Demand]]:
+    """Yield the demand with weights quantized so, if they are larger now."""
+    shapes = transformer_shapes(demand.config)
+    changed = replace(demand, packed=packed_modules(shapes, quantize))
+    if held(shapes, changed.packed, demand.device) < held(shapes, demand.packed, demand.device):
+        yield "model.quantize", f'"{quantize}"', changed
 
 
 def device_bytes(backend: Backend) -> int | None:

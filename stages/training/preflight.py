@@ -13,6 +13,7 @@ from stages.contract.job import Job
 from stages.contract.publish import make_folder, no_resources
 from stages.flux2.backend import Backend
 from stages.flux2.identity import model_of
+from stages.flux2.load import transformer_formats
 from stages.training.data import TrainingData
 from stages.training.memory import Demand, Sizes, device_bytes, require, sizes
 
@@ -22,7 +23,8 @@ LINE_BYTES = 160
 
 def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -> None:
     """Raise NoResources where the training of `job` would surely run out of memory or disk; warn where it may."""
-    settings, variant = job.config.train, model_of(job).variant
+    settings, model = job.config.train, model_of(job)
+    variant = model.variant
     window, items = settings.batch_size * settings.gradient_accumulation, len(data.buckets)
     if window > items:
         job.warn(
@@ -40,6 +42,7 @@ def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -
         batch=settings.batch_size,
         rank=settings.rank,
         checkpointing=settings.gradient_checkpointing,
+        packed=transformer_formats(model, job.config.model.quantize),
     )
     require(demand, device_bytes(backend), job.warn)
 

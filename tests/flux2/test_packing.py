@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_arrays(form: Format) -> None:
 
 
 def test_sizes_of_klein_4b_are_its_tables() -> None:
-    sizes = {mode: bytes_of(KLEIN, mode, 2) / 1e9 for mode in get_args(Quantize)}
+    sizes = {mode: bytes_of(KLEIN, packed_modules(KLEIN, mode), 2) / 1e9 for mode in get_args(Quantize)}
     assert sizes == pytest.approx(
         {"none": 7.75, "8bit": 4.30, "4bit": 2.46, "mxfp8": 4.19, "mxfp4": 2.35, "nvfp4": 2.46}, abs=0.01
     )

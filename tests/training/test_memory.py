@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -13,14 +15,32 @@ from schemas.adapter import DoRA, LoKr, LoRA
 from schemas.ema import Ema
 from schemas.errors import NoResources
 from schemas.optimizers import AdamW
+from schemas.quantize import Quantize
 from schemas.train import Train
+from stages.bench import random_transformer
+from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.backend import Backend
+from stages.flux2.packing import packed_modules
+from stages.flux2.positions import rope
+from stages.flux2.quantize import fill
+from stages.flux2.shapes import text_encoder_shapes, transformer_shapes
+from stages.flux2.text.qwen3 import Qwen3
 from stages.flux2.transformer import Transformer
-from stages.flux2.variants import MICRO, VARIANTS, TransformerConfig
+from stages.flux2.variants import MICRO, VARIANTS, AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from stages.lora.formats.bfl import to_tensors
 from stages.lora.merge import attach, portable
 from stages.training import memory
-from stages.training.memory import Demand, Sizes, advice, estimate, require, sizes
+from stages.training.memory import (
+    Demand,
+    Sizes,
+    advice,
+    estimate,
+    latents_peak,
+    preview_peak,
+    require,
+    sizes,
+    text_peak,
+)
 from stages.training.objective import Batch
 from stages.training.step import Trainer
 
@@ -60,12 +80,20 @@ def test_estimate_is_within_three_percent_of_the_gpu(
     assert found == pytest.approx(gigabytes * 1e9, rel=0.03)
 
 
+WIDE = replace(SMALL, num_attention_heads=12, num_single_layers=4)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_estimate_is_near_the_peak_on_this_cpu(*, checkpointing: bool) -> None:
-    settings = Train(gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    ("config", "quantize"), [(SMALL, "none"), (SMALL, "4bit"), (WIDE, "8bit"), (WIDE, "4bit"), (WIDE, "nvfp4")]
+)
+def test_estimate_is_near_the_peak_on_this_cpu(
+    config: TransformerConfig, quantize: Quantize, *, checkpointing: bool
+) -> None:
+    settings, variant = Train(gradient_checkpointing=checkpointing), replace(MICRO, transformer=config)
+    mx.clear_cache()
     before = mx.get_active_memory()
-    transformer = Transformer(SMALL)
-    mx.eval(transformer.parameters())
+    transformer = random_transformer(variant, mx.float32, quantize)
     attach(transformer, settings, seed=0)
     trainer = Trainer(transformer, settings, 0)
     latents = mx.random.normal((1, 32, 20, 20))
@@ -74,9 +102,75 @@ def test_estimate_is_near_the_peak_on_this_cpu(*, checkpointing: bool) -> None:
         mx.reset_peak_memory()
         trainer.step([batch])
         mx.eval(trainer.state())
-    parts = sizes(replace(MICRO, transformer=SMALL), settings, mx.float32)
-    found = estimate(Demand(SMALL, "cpu", parts, 400, 64, 1, 16, checkpointing))
+    parts, packed = sizes(variant, settings, mx.float32), packed_modules(transformer_shapes(config), quantize)
+    found = estimate(Demand(config, "cpu", parts, 400, 64, 1, 16, checkpointing, packed))
     assert found == pytest.approx(mx.get_peak_memory() - before, rel=memory.TOLERANCE)
+
+
+def peak(module: nn.Module, call: Callable[[], mx.array]) -> int:
+    """Return the bytes of a module's weights, and of the peak of a call above what was there before it."""
+    mx.eval(module.parameters())
+    mx.eval(call())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(call())
+    return held_bytes(module) + mx.get_peak_memory() - before
+
+
+def held_bytes(module: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "quantize"), [(256, 4, "none"), (128, 8, "none"), (512, 4, "none"), (512, 4, "8bit")]
+)
+def test_peak_of_encoding_text_is_near_that_on_this_cpu(hidden: int, heads: int, quantize: Quantize) -> None:
+    config = TextEncoderConfig("qwen3", hidden, 4 * hidden, heads, 2, 512, 4, head_dim=64, layers=(1, 2, 3))
+    shapes = text_encoder_shapes(config)
+    packed = packed_modules(shapes, quantize)
+    tensors = ((name, mx.ones(shape) / shape[-1]) for name, shape in shapes.items())
+    encoder = fill(Qwen3(config, mx.float32), tensors, mx.float32, found={}, wanted=packed)
+    found = peak(encoder, lambda: encoder(mx.zeros((1, 512), mx.int32), mx.array([20])))
+    assert text_peak(config, packed, "cpu") == pytest.approx(found, rel=memory.TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("widths", "layers"), [((32, 48, 64, 64), 1), ((32, 64, 128, 128), 2), ((16, 64, 64, 64), 2)]
+)
+def test_peak_of_encoding_latents_is_near_that_on_this_cpu(widths: tuple[int, ...], layers: int) -> None:
+    config = replace(AutoencoderConfig(), block_out_channels=widths, layers_per_block=layers, norm_num_groups=16)
+    encoder = Autoencoder(config, encoder=True, decoder=False)
+    found = peak(encoder, lambda: encoder.encode(mx.zeros((1, 3, 192, 128))))
+    assert latents_peak(config, "cpu", 192 * 128) == pytest.approx(found, rel=memory.TOLERANCE)
+
+
+# The decoder decides, the transformer does.
+@pytest.mark.parametrize(("widths", "heads"), [((32, 48, 64, 64), 6), ((8, 8, 8, 8), 12)])
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
+def test_peak_of_drawing_is_near_that_on_this_cpu(widths: tuple[int, ...], heads: int, quantize: Quantize) -> None:
+    autoencoder = replace(MICRO.autoencoder, block_out_channels=widths)
+    variant = replace(
+        MICRO, autoencoder=autoencoder, transformer=replace(MICRO.transformer, num_attention_heads=heads)
+    )
+    transformer = random_transformer(variant, mx.float32, quantize)
+    decoder = Autoencoder(autoencoder, encoder=False, decoder=True)
+    image, text, tables = mx.zeros((1, 256, 32)), mx.zeros((1, 64, 192)), rope(variant.transformer, 64, 16, 16)
+    forward = peak(transformer, lambda: transformer(image, text, mx.array([0.5]), None, tables))
+    decoding = peak(decoder, lambda: decoder.decode(mx.zeros((1, 32, 16, 16))))
+    found = max(forward + held_bytes(decoder), decoding + held_bytes(transformer))
+    packed = packed_modules(transformer_shapes(variant.transformer), quantize)
+    assert preview_peak(variant, packed, "cpu", 256) == pytest.approx(found, rel=memory.TOLERANCE)
+
+
+def test_peaks_of_the_published_models_by_stage() -> None:
+    """Gigabytes on CUDA; what a quantized stage saves is its weights."""
+    dev = VARIANTS["dev"]
+    text = {mode: packed_modules(text_encoder_shapes(dev.text_encoder), mode) for mode in ("none", "8bit", "4bit")}
+    found = [round(text_peak(dev.text_encoder, packed, "cuda") / 1e9) for packed in text.values()]
+    assert found == [35, 22, 14]
+    packed = packed_modules(transformer_shapes(dev.transformer), "4bit")
+    assert preview_peak(dev, packed, "cuda", 1024) < preview_peak(dev, {}, "cuda", 1024) - 40e9
 
 
 @pytest.mark.parametrize(
@@ -90,20 +184,14 @@ def test_estimate_is_near_the_peak_on_this_cpu(*, checkpointing: bool) -> None:
 )
 def test_sizes_are_those_of_the_real_arrays(settings: Train) -> None:
     transformer = Transformer(SMALL)
-    weights = sum(array.nbytes for array in _arrays(transformer))
     attach(transformer, settings, seed=3)
     trainer = Trainer(transformer, settings, 3)
     file = to_tensors(portable(transformer, trainer.factors), dtype=getattr(mx, settings.save_dtype))
     assert sizes(replace(MICRO, transformer=SMALL), settings, mx.float32) == Sizes(
-        weights=weights,
         state=sum(array.nbytes for array in trainer.state().values()),
         factors=sum(array.nbytes for array in trainer.factors.values()),
         file=sum(array.nbytes for array in file.values()),
     )
-
-
-def _arrays(transformer: Transformer) -> list[mx.array]:
-    return [array for _, array in tree_flatten(transformer.parameters())]
 
 
 def test_sizes_of_dora_are_short_of_its_magnitudes_alone() -> None:
@@ -114,7 +202,7 @@ def test_sizes_of_dora_are_short_of_its_magnitudes_alone() -> None:
 def test_sizes_of_the_largest_model_take_no_memory() -> None:
     before = mx.get_active_memory()
     parts = sizes(VARIANTS["dev"], Train(optimizer=AdamW()), mx.bfloat16)
-    assert parts.weights > 60e9
+    assert parts.state > 1e8
     assert mx.get_active_memory() - before < 1e6
 
 
@@ -129,7 +217,8 @@ def test_what_may_not_fit_is_a_warning_with_advice() -> None:
     said: list[str] = []
     require(demand("klein-base-4b", 1024, checkpointing=True), int(19e9), said.append)
     assert said == [
-        "a training step needs about 20.5 GB, there are 19.0 GB; set validate.resolutions = [768] (about 18.3 GB)"
+        'a training step needs about 20.5 GB, there are 19.0 GB; set model.quantize = "8bit" (about 17.6 GB) '
+        "or validate.resolutions = [768] (about 18.3 GB)"
     ]
 
 
@@ -147,14 +236,13 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
 def test_advice_names_the_fewest_settings_that_fit_together() -> None:
     large = demand("klein-base-4b", 1024, checkpointing=False, batch=4)
     assert advice(large, int(18.5e9)) == (
-        "set train.gradient_checkpointing = true and train.batch_size = 1 and validate.resolutions = [768] "
-        "(about 18.3 GB)"
+        'set train.gradient_checkpointing = true and train.batch_size = 1 and model.quantize = "8bit" (about 17.6 GB)'
     )
 
 
 def test_advice_says_when_no_setting_is_enough() -> None:
     found = advice(demand("dev", 512, checkpointing=True), int(24e9))
-    assert found.startswith("take a smaller model, or a machine with 7")
+    assert found.startswith("take a smaller model, or a machine with 3")
 
 
 def test_large_rank_is_lowered_where_that_is_enough() -> None:

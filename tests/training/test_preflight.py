@@ -18,7 +18,7 @@ from stages.contract.job import Job
 from stages.training.memory import Sizes
 from stages.training.preflight import needs, require_disk
 
-SIZES = Sizes(weights=10**9, state=3000, factors=1000, file=500)
+SIZES = Sizes(state=3000, factors=1000, file=500)
 TRAIN = Train(steps=1000, checkpoint_every=100)
 STEPS_BYTES = 160 * 1000
 
