@@ -19,7 +19,8 @@ from schemas.manifest import CheckpointManifest, Manifest
 from schemas.tables import DATASET, EMBEDDING_INDEX, LATENT_INDEX, Table
 from stages.contract import artifacts
 from stages.contract.artifacts import Plan, artifact_key, record, write_receipt
-from stages.contract.digests import canonical_json
+from stages.contract.digests import canonical_json, digest_of
+from stages.contract.runner import Indexed, load_stage
 from stages.stores.latents import LatentReader, fragment_files, write_latents
 from stages.stores.tables import read_table, write_table
 from stages.stores.tensors import Tensor, load, save
@@ -98,6 +99,15 @@ def repointed(project: Project, change: Callable[[str, np.ndarray], tuple[str, n
     files = [path.relative_to(project.store) for name in names for path in fragment_files(project.store, name)]
     resealed(folder, fragments={path.as_posix(): record(project.store / path) for path in files})
     refiled(folder)
+
+
+def reroled(project: Project, stage: str) -> None:
+    """Let an artifact's roles, its digest and the receipt be those of its tables as they are."""
+    folder = artifact(project, stage)
+    maker = load_stage(stage)
+    assert isinstance(maker, Indexed)
+    roles = dict(maker.roles_of(manifest_of(folder), folder))
+    write_receipt(project.results, resealed(folder, roles=roles, digest=digest_of(stage, roles)))
 
 
 def refragmented(project: Project, change: Callable[[bytes], bytes]) -> None:
