@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import select
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ PIL.ImageCms PIL.ImageDraw pyarrow.parquet rich.progress sqlite3 tokenizers zarr
 """
 STAGES = Path(__file__).parents[2] / "stages"
 MODES = {"none": 0, "kill": 1, "kill after": 2, "torn": 3, "errno": 4, "short": 5, "ended": 6, "stop": 7}
+POLL_SECONDS = 0.003
 SIDES = {"write": 1, "read": 2}
 
 
@@ -112,12 +112,14 @@ def answer(request: Request, scratch: Path, arm: Callable[[Request, int], None])
 
 def waited(child: int, seconds: float) -> int:
     """Return the child's exit code; one that hangs is killed and shows as such."""
-    descriptor = os.pidfd_open(child)
-    ready, _, _ = select.select([descriptor], [], [], seconds)
-    os.close(descriptor)
-    if not ready:
-        os.kill(child, signal.SIGXCPU)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    until = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGXCPU)
+        time.sleep(POLL_SECONDS)
 
 
 def behave(request: Request, scratch: Path, arm: Callable[[Request, int], None]) -> None:
