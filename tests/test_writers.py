@@ -15,8 +15,9 @@ from tests.test_layers import SOURCES, name, tree
 
 CHANGING = {
     "write_bytes", "write_text", "touch", "mkdir", "makedirs", "rename", "unlink", "remove", "rmdir", "rmtree",
-    "move", "symlink_to", "hardlink_to", "symlink", "link", "truncate", "ftruncate", "copyfile", "copy2", "copytree", "savez",
-    "save_safetensors", "savetxt", "tofile", "mkdtemp", "mkstemp", "NamedTemporaryFile", "TemporaryDirectory",
+    "move", "symlink_to", "hardlink_to", "symlink", "link", "truncate", "ftruncate", "copyfile", "copy2", "copytree",
+    "savez", "save_safetensors", "savetxt", "tofile", "mkdtemp", "mkstemp", "NamedTemporaryFile",
+    "TemporaryDirectory",
     "extractall", "extract", "chmod", "utime", "ZipFile", "connect",
 }  # fmt: skip
 # Reading of records: through the stores, which check what they read.
