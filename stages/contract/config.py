@@ -78,7 +78,7 @@ def _parse(path: Path) -> dict[str, Any]:
         )
     try:
         return _toml(data.decode("utf-8-sig"), where)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not TOML, not UTF-8, or a number of more digits than Python reads
         raise BadConfig(
             "config.not_toml", "not a TOML file", where=where, why=str(error), fix="correct that line"
         ) from error
@@ -125,7 +125,7 @@ def _value(text: str, where: str) -> object:
     """A TOML value where it parses as one, else the text itself (a string field takes it literally)."""
     try:
         parsed = _toml(f"value = {text}\n", where)
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text
     return parsed["value"] if set(parsed) == {"value"} else text
 
