@@ -170,17 +170,20 @@ def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[s
         return {}
     from stages.console.progress import progress
     from stages.flux2.backend import prepare
-    from stages.flux2.load import load_text_encoder
+    from stages.flux2.load import load_text_encoder, text_encoder_formats
     from stages.flux2.prequantized import prequantized
     from stages.flux2.text.tokenize import Tokenizer
     from stages.stores.embeddings import write_embeddings
     from stages.stores.fragments import MOST_RECORDS
+    from stages.training.memory import require_text
 
     backend = prepare()
     job.say(backend.line())
     model = prequantized(job, model_of(job), "text_encoder")
-    tokenizer = Tokenizer(model.tokenizer, model.variant.text_encoder)
-    encoder = load_text_encoder(model, backend.compute_dtype, job.config.encode_text.quantize)
+    quantize, config = job.config.encode_text.quantize, model.variant.text_encoder
+    require_text(config, text_encoder_formats(model, quantize), backend, job.warn)
+    tokenizer = Tokenizer(model.tokenizer, config)
+    encoder = load_text_encoder(model, backend.compute_dtype, quantize)
     written: dict[str, EmbeddingRow] = {}
     with progress("encode-text", total=len(missing), quiet=job.flags.quiet) as bar:
         for start in range(0, len(missing), MOST_RECORDS):

@@ -52,6 +52,7 @@ FLOAT_BYTES = 4
 TOLERANCE = 0.15
 PIXELS_PER_TOKEN = 16
 SMALL_RANK = 16
+QUANTIZED_BY_LOSS: tuple[Quantize, ...] = ("8bit", "4bit")
 SMALLER_PX = (1536, 1280, 1024, 768, 512, 384, 256)
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 # Of MLX's allocators (CPU, Metal, CUDA) and of the CUDA and Metal drivers.
@@ -193,13 +194,30 @@ def unpacking(shapes: Shapes, packed: Packed, device: Device) -> int:
 def require(demand: Demand, limit_bytes: int | None, warn: Callable[[str], None]) -> None:
     """Warn where `demand` may exceed `limit_bytes`; raise NoResources, with what would fit, where it surely does."""
     need = estimate(demand)
+    if limit_bytes is not None and need > limit_bytes:
+        _exceeded("a training step", (need, limit_bytes), advice(demand, limit_bytes), warn)
+
+
+def require_text(config: TextEncoderConfig, packed: Packed, backend: Backend, warn: Callable[[str], None]) -> None:
+    """Warn where encoding text may exceed the device's memory; raise NoResources, with what would fit, if surely."""
+    shapes, limit_bytes = text_encoder_shapes(config), device_bytes(backend)
+    need = text_peak(config, packed, backend.device)
     if limit_bytes is None or need <= limit_bytes:
         return
-    text = f"a training step needs about {_gigabytes(need)}, there are {_gigabytes(limit_bytes)}"
-    if need * (1 - TOLERANCE) <= limit_bytes:
-        warn(f"{text}; {advice(demand, limit_bytes)}")
-        return
-    raise NoResources("memory.too_little", "not enough memory", why=text, fix=advice(demand, limit_bytes))
+    peaks = {mode: text_peak(config, packed_modules(shapes, mode), backend.device) for mode in QUANTIZED_BY_LOSS}
+    fitting = [mode for mode, peak in peaks.items() if peak <= limit_bytes]
+    least = _gigabytes(min(peaks.values()))
+    fix = f'set encode_text.quantize = "{fitting[0]}"' if fitting else f"take a machine with {least} for it"
+    _exceeded("encoding text", (need, limit_bytes), fix, warn)
+
+
+def _exceeded(what: str, bytes_: tuple[int, int], fix: str, warn: Callable[[str], None]) -> None:
+    """Warn that `what` may need more than there is, or raise NoResources; `bytes_` are the need and the limit."""
+    need, limit = bytes_
+    text = f"{what} needs about {_gigabytes(need)}, there are {_gigabytes(limit)}"
+    if need * (1 - TOLERANCE) > limit:
+        raise NoResources("memory.too_little", "not enough memory", why=text, fix=fix)
+    warn(f"{text}; {fix}")
 
 
 def advice(demand: Demand, limit_bytes: int) -> str:
@@ -225,12 +243,12 @@ def _smaller(demand: Demand) -> Iterator[tuple[str, str, Demand]]:
         yield "train.gradient_checkpointing", "true", replace(demand, checkpointing=True)
     if demand.batch > 1:
         yield "train.batch_size", "1", replace(demand, batch=1)
-    yield from _quantized(demand, "8bit")
+    yield from _quantized(demand, QUANTIZED_BY_LOSS[0])
     if demand.rank > SMALL_RANK:
         share, whole = SMALL_RANK / demand.rank, demand.sizes
         less = replace(whole, state=int(whole.state * share), factors=int(whole.factors * share))
         yield "train.rank", str(SMALL_RANK), replace(demand, rank=SMALL_RANK, sizes=less)
-    yield from _quantized(demand, "4bit")
+    yield from _quantized(demand, QUANTIZED_BY_LOSS[1])
     for size_px in SMALLER_PX:
         tokens = (size_px // PIXELS_PER_TOKEN) ** 2
         if tokens < demand.tokens:

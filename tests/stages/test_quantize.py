@@ -78,6 +78,22 @@ def test_every_format_of_the_text_encoder_is_an_embedding_of_its_own(untrained: 
     assert len({each.result["digest"] for each in found.values()}) == len(FORMATS)
 
 
+@pytest.mark.parametrize(("stage", "setting"), [("encode-text", "encode_text"), ("train", "model")])
+def test_stage_that_cannot_fit_names_the_format_that_would(
+    untrained: Project, stage: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = {"encode-text": 3e6, "train": 21e6}[stage]
+    for module in ("memory", "preflight"):
+        monkeypatch.setattr(f"stages.training.{module}.device_bytes", lambda _: int(limit))
+    sets = ("encode_text.dtype=float32", "train.gradient_checkpointing=true", "train.batch_size=1")
+    if stage == "train":
+        sets = sets[1:]
+    ran = untrained.run(stage, sets=sets)
+    assert (ran.code, ran.error) == (7, "memory.too_little")
+    assert f'set {setting}.quantize = "8bit"' in ran.stderr
+    assert untrained.run(stage, sets=(*sets, f"{setting}.quantize=8bit")).code == 0
+
+
 def test_packed_weights_in_a_store_give_the_same_bits_and_need_no_packing(
     untrained: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ from stages.training.memory import (
     latents_peak,
     preview_peak,
     require,
+    require_text,
     sizes,
     text_peak,
 )
@@ -243,6 +244,26 @@ def test_advice_names_the_fewest_settings_that_fit_together() -> None:
 def test_advice_says_when_no_setting_is_enough() -> None:
     found = advice(demand("dev", 512, checkpointing=True), int(24e9))
     assert found.startswith("take a smaller model, or a machine with 3")
+
+
+def text_refused(limit: float, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    config = VARIANTS["dev"].text_encoder
+    monkeypatch.setattr(memory, "device_bytes", lambda _: int(limit))
+    require_text(config, {}, Backend("cuda", mx.bfloat16), said.append)
+
+
+def test_text_encoder_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    text_refused(36e9, monkeypatch, said)
+    assert said == []
+    text_refused(33e9, monkeypatch, said)
+    assert said == ['encoding text needs about 34.9 GB, there are 33.0 GB; set encode_text.quantize = "8bit"']
+    for limit, fix in ((24e9, 'set encode_text.quantize = "8bit"'), (16e9, 'set encode_text.quantize = "4bit"')):
+        with pytest.raises(NoResources) as refused:
+            text_refused(limit, monkeypatch, said)
+        assert refused.value.faults[0].fix == fix
+    with pytest.raises(NoResources, match=r"take a machine with 13\.\d GB for it"):
+        text_refused(8e9, monkeypatch, said)
 
 
 def test_large_rank_is_lowered_where_that_is_enough() -> None:
