@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # What the settings in the metadata are shown by.
 SHOWN = ("steps", "learning_rate", "rank", "alpha", "batch_size", "seed")
-SEED, GRID, TEXT_TOKENS, NOISE_LEVEL, GUIDANCE = 7, 16, 32, 0.5, 1.0
 
 
 class Judgement(msgspec.Struct, kw_only=True):
@@ -154,7 +153,9 @@ def _look(found: Judged, path: Path, fitting: Mapping[str, Factors], refused: Ma
 
 def _try_on(found: Judged, path: Path, model: ModelFiles, factors: Factors) -> None:
     """Note whether the file was trained on this model, and how far it moves the velocity of a fixed latent."""
-    from stages.flux2.load import transformer_digest
+    from stages.flux2.backend import prepare
+    from stages.flux2.load import load_transformer, transformer_digest
+    from stages.lora.effect import velocity_moved
 
     said = found.about.says.get("base_model_digest")
     try:
@@ -164,7 +165,7 @@ def _try_on(found: Judged, path: Path, model: ModelFiles, factors: Factors) -> N
             found.hints.append(
                 Fault(code="lora.other_base", what=what, fix="base and distilled siblings share LoRAs")
             )
-        found.about.velocity = _moved(model, factors)
+        found.about.velocity = velocity_moved(load_transformer(model, prepare().compute_dtype), factors)
     except (BadConfig, NoResources) as error:
         found.not_checked.append(f"what it does to the model ({error.faults[0].what})")
         return
@@ -177,35 +178,6 @@ def _try_on(found: Judged, path: Path, model: ModelFiles, factors: Factors) -> N
                 fix="train again with a higher learning rate",
             )
         )
-
-
-def _moved(model: ModelFiles, factors: Factors) -> float:
-    """Return |v' - v| / |v| of the velocity at half noise, of a fixed random latent and text."""
-    import mlx.core as mx
-    import numpy as np
-
-    from stages.flux2.backend import prepare
-    from stages.flux2.load import load_transformer
-    from stages.flux2.positions import rope
-    from stages.lora.merge import applied
-
-    transformer = load_transformer(model, prepare().compute_dtype)
-    config = transformer.config
-    keys = mx.random.split(mx.random.key(SEED))
-    img = mx.random.normal((1, GRID * GRID, config.in_channels), key=keys[0])
-    txt = mx.random.normal((1, TEXT_TOKENS, config.joint_attention_dim), key=keys[1])
-    guidance = mx.array([GUIDANCE]) if config.guidance_embeds else None
-    where = rope(config, TEXT_TOKENS, GRID, GRID)
-
-    def velocity() -> mx.array:
-        found = transformer(img, txt, mx.array([NOISE_LEVEL]), guidance, where).astype(mx.float32)
-        mx.eval(found)
-        return found
-
-    without = velocity()
-    with applied(transformer, factors):
-        moved = velocity()
-    return float(np.array(mx.linalg.norm(moved - without) / mx.linalg.norm(without)))
 
 
 def page(path: Path, found: Judged) -> list[str]:

@@ -19,7 +19,6 @@ from stages.contract.artifacts import read_manifest, read_receipt
 from stages.contract.publish import TEMPORARY
 from stages.inspection.files import is_litter
 from stages.inspection.lineage import MAKERS
-from stages.stores.fragments import ROOT
 from stages.training.checkpoints import FOLDER, trajectory_of
 
 PINS = "pins"
@@ -122,6 +121,8 @@ def unreachable(store: Path, reach: Reach, older_than_days: float) -> list[Thing
 
 def _things(store: Path) -> Iterator[Thing]:
     """Yield everything in a store that this program made and could make again."""
+    from stages.stores.fragments import ROOT
+
     for stage in MAKERS:
         yield from (_thing(stage, path) for path in _below(store / stage))
     for kind in FRAGMENT_KINDS:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.lora.formats.kronecker import NAMES
-from stages.lora.formats.low_rank import MAGNITUDES
 from stages.lora.formats.scale import ADAPTER_METADATA
 
 # Those that stand in front of a linear's name, longest first.
@@ -50,6 +48,9 @@ class Spelling:
     @property
     def kind(self) -> Literal["LoRA", "DoRA", "LoKr", "unknown"]:
         """What the adapters are."""
+        from stages.lora.formats.kronecker import NAMES
+        from stages.lora.formats.low_rank import MAGNITUDES
+
         if self.suffixes & set(NAMES):
             return "LoKr"
         if self.suffixes & set(MAGNITUDES):
