@@ -6,12 +6,13 @@ remembered by stat (`StatCache`) with git's rule for files written too recently 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
-from os import stat_result
+from os import fstat, stat_result
 from pathlib import Path
 
 import msgspec
@@ -42,11 +43,14 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file's bytes. Raises OSError when it gives fewer than it has."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+        # Recorded for a file that the disk failed to give whole, it would make a whole file pass for damaged.
+        if file.tell() < fstat(file.fileno()).st_size:
+            raise OSError(errno.EIO, "the file cannot be read to its end", str(path))
     return digest.hexdigest()
 
 

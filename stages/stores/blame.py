@@ -40,9 +40,9 @@ def read_bytes(path: Path, offset: int, length: int, blame: Blame) -> bytes:
     Read rather than mapped: a file that shrinks or a disk that fails under a map kills the process.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             file.seek(offset)
-            data = file.read(length) or b""
+            data = file.read(length)
     except OSError as error:
         raise blame.error("unreadable", f"cannot read {path.name}", error.strerror or "") from error
     if len(data) != length:

@@ -10,11 +10,12 @@ the process. So nothing reaches Arrow before its seal holds. Other readers never
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -54,23 +55,31 @@ class Sealed:
 
 
 def seal(path: Path) -> None:
-    """Put the seal into a Parquet file just written."""
+    """Put the seal into a Parquet file just written. Raises OSError when it cannot be read back."""
     import google_crc32c
     from pyarrow import parquet
 
     metadata = parquet.read_metadata(path)
     with path.open("r+b") as file:
         footer_at = file.seek(-TAIL_BYTES - metadata.serialized_size, 2)
-        footer = file.read()
+        footer = _exactly(file, TAIL_BYTES + metadata.serialized_size)
         ends = [*(_start(metadata.row_group(group)) for group in range(1, metadata.num_row_groups)), footer_at]
         file.seek(len(MAGIC))
         entries = np.zeros(metadata.num_row_groups, ENTRY)
         for entry, end in zip(entries, ends, strict=False):
-            group = file.read(end - file.tell())
+            group = _exactly(file, end - file.tell())
             entry["length"], entry["crc32c"] = len(group), google_crc32c.value(group)
         listing = entries.tobytes() + len(entries).to_bytes(COUNT_BYTES, "little")
         file.seek(footer_at)
         file.write(listing + hashlib.sha256(listing + footer).digest() + footer)
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    """Return the next bytes of a file just written. Raises OSError when it gives fewer: sealed, that would pass."""
+    data = file.read(count)
+    if len(data) != count:
+        raise OSError(errno.EIO, "what was just written cannot be read back", file.name)
+    return data
 
 
 def open_sealed(path: Path, blame: Blame) -> Sealed:

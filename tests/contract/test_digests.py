@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 from collections.abc import Callable
@@ -230,3 +231,17 @@ def test_folder_in_place_of_the_database_costs_only_time(tmp_path: Path, read: l
 def test_absent_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         StatCache(tmp_path / "digests.sqlite").files([tmp_path / "none"])
+
+
+class Ending(io.FileIO):
+    """A file whose disk gives nothing where there is something."""
+
+    def readinto(self, _: object, /) -> int:
+        return 0
+
+
+def test_file_that_ends_before_its_end_has_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "part").write_bytes(b"part")
+    monkeypatch.setattr(Path, "open", lambda path, _: io.BufferedReader(Ending(path)))
+    with pytest.raises(OSError, match="cannot be read to its end"):
+        sha256_file(tmp_path / "part")
