@@ -16,10 +16,11 @@ from schemas.errors import Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
 from schemas.validate import MaskSource
 from stages.contract.artifacts import Built, Plan, holder, keyed
-from stages.contract.digests import digest_of, sha256_bytes
+from stages.contract.digests import digest_of, sha256_bytes, unknown
 from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.dataset import pixels
+from stages.dataset.buckets import PATCH_PX
 from stages.dataset.draws import Draw
 from stages.dataset.stand_in import require_pictures
 from stages.flux2.identity import encoder_digest, model_of, model_without_making
@@ -56,18 +57,15 @@ class EncodeLatents:
         """
         from schemas.tables import DATASET, LATENT_INDEX, MASK_INDEX
         from stages.dataset.draws import read_draws
-        from stages.stores.latents import fragment_files, scan_latents, whole_latents
+        from stages.stores.latents import fragment_files
         from stages.stores.tables import read_table, write_table
 
         manifest, folder = upstream(job, "validate")
         items = read_table(folder / "dataset.parquet", DATASET)
         wanted = list(_wanted(plan, items))
         covers = list(_wanted_masks(plan, manifest, items, read_draws(manifest, folder, items)))
-        known: dict[str, LatentRow] = {}
-        for store in () if job.flags.force else reversed(job.stores):
-            known |= scan_latents(store)
         distinct = {each.key: each for each in [*wanted, *covers]}
-        known = whole_latents(job.stores, [known[key] for key in distinct if key in known], job.digests)
+        known = _known(job, distinct)
         missing = [each for key, each in distinct.items() if key not in known]
         known |= _encode(job, [each for each in missing if isinstance(each, _Wanted)])
         known |= _cover(job, [each for each in missing if isinstance(each, _WantedMask)])
@@ -80,14 +78,32 @@ class EncodeLatents:
         files = [path.as_posix() for name in names for path in fragment_files(Path(), name)]
         return Built(
             roles=_roles(rows, masks if "masks" in plan.inputs else None),
-            counts={"total": len(distinct), "encoded": len(missing), "reused": len(distinct) - len(missing)},
+            counts=_counts(len(distinct), len(missing)),
             fragments={name: holder(name, job.stores) for name in files},
         )
 
+    def foresee(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Count what no store has yet, and write the index with what is unknown of it."""
+        from schemas.tables import LATENT_INDEX, MASK_INDEX
+        from stages.stores.tables import write_table
+
+        wanted = _all(Plan(plan.params, plan.inputs), upstream(job, "validate"))
+        distinct = {each.key: each for each in wanted}
+        known = _known(job, distinct)
+        coming = {key: _coming(job, each) for key, each in distinct.items() if key not in known}
+        tables = {
+            kind.table: [_index_row(each, (known | coming)[each.key]) for each in wanted if isinstance(each, kind)]
+            for kind in (_Wanted, _WantedMask)
+        }
+        write_table(work / INDEX, LATENT_INDEX, tables[INDEX])
+        if "masks" in plan.inputs:
+            write_table(work / MASK_INDEX.name, MASK_INDEX, tables[MASK_INDEX.name])
+        masks = tables[MASK_INDEX.name] if "masks" in plan.inputs else None
+        return Built(roles=_roles(tables[INDEX], masks), counts=_counts(len(distinct), len(coming)))
+
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """Everything was there."""
-        total = manifest.counts["total"]
-        return {"total": total, "encoded": 0, "reused": total}
+        return _counts(manifest.counts["total"], 0)
 
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Leave nothing in the run folder: latents are not looked at."""
@@ -102,21 +118,24 @@ class EncodeLatents:
 
     def expected(self, manifest: Manifest, validated: tuple[Manifest, Path]) -> dict[tuple[object, ...], str]:
         """Return the key of every latent and mask by (table, item_id, flip). Raises Damaged."""
-        return {(each.table, each.item["item_id"], each.flip): each.key for each in _all(manifest, validated)}
+        return {
+            (each.table, each.item["item_id"], each.flip): each.key
+            for each in _all(Plan(manifest.params, manifest.inputs), validated)
+        }
 
     def encode_again(
         self, job: Job, manifest: Manifest, validated: tuple[Manifest, Path], keys: Collection[str]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (key, latent as stored) of the latents among `keys`. Raises Stale for a picture that changed."""
+        """Yield (key, record as stored) of latents and masks. Raises Stale for a picture that changed."""
         from stages.flux2.backend import prepare
         from stages.flux2.load import load_autoencoder
 
         prepare()
         autoencoder = load_autoencoder(model_without_making(job), encoder=True, decoder=False)
-        wanted = {each.key: each for each in _all(manifest, validated) if isinstance(each, _Wanted)}
-        for key in keys:
-            if key in wanted:
-                yield key, _latent(job, autoencoder, wanted[key])
+        listed = _all(Plan(manifest.params, manifest.inputs), validated)
+        wanted = {each.key: each for each in listed}
+        for each in (wanted[key] for key in keys if key in wanted):
+            yield each.key, _latent(job, autoencoder, each) if isinstance(each, _Wanted) else _mask(job, each)
 
 
 class _Wanted(msgspec.Struct, frozen=True):
@@ -139,15 +158,18 @@ class _WantedMask(msgspec.Struct, frozen=True):
     source: MaskSource
 
 
-def _all(manifest: Manifest, validated: tuple[Manifest, Path]) -> list[_Wanted | _WantedMask]:
-    """Return what an artifact must list of the dataset it was made from. Raises Damaged."""
+def _counts(total: int, encoded: int) -> dict[str, int]:
+    return {"total": total, "encoded": encoded, "reused": total - encoded}
+
+
+def _all(plan: Plan, validated: tuple[Manifest, Path]) -> list[_Wanted | _WantedMask]:
+    """Return what an artifact of that plan must list of the dataset. Raises Damaged."""
     from schemas.tables import DATASET
     from stages.dataset.draws import read_draws
     from stages.stores.tables import read_table
 
     dataset, folder = validated
     items = read_table(folder / DATASET.name, DATASET)
-    plan = Plan(manifest.params, manifest.inputs)
     return [*_wanted(plan, items), *_wanted_masks(plan, dataset, items, read_draws(dataset, folder, items))]
 
 
@@ -197,6 +219,26 @@ def _bucket_of(each: _Wanted | _WantedMask) -> tuple[int, int]:
 def _crop(item: Mapping[str, Any]) -> tuple[int, int, int, int]:
     x0, y0, x1, y1 = item["crop"]
     return x0, y0, x1, y1
+
+
+def _known(job: Job, keys: Collection[str]) -> dict[str, LatentRow]:
+    """Return those of `keys` that a store has whole; none where all is to be done again."""
+    from stages.stores.latents import scan_latents, whole_latents
+
+    known: dict[str, LatentRow] = {}
+    for store in () if job.flags.force else reversed(job.stores):
+        known |= scan_latents(store)
+    return whole_latents(job.stores, [known[key] for key in keys if key in known], job.digests)
+
+
+def _coming(job: Job, each: _Wanted | _WantedMask) -> LatentRow:
+    """Return the row of a record that is not there yet."""
+    from stages.stores.latents import LatentRow
+
+    (width, height), latent = _bucket(each.item), isinstance(each, _Wanted)
+    channels = model_of(job).variant.autoencoder.packed_channels if latent else 1
+    dtype = job.config.encode_latents.dtype if latent else "float32"
+    return LatentRow(each.key, "", 0, channels, height // PATCH_PX, width // PATCH_PX, dtype, unknown(each.key))
 
 
 def _encode(job: Job, missing: Sequence[_Wanted]) -> dict[str, LatentRow]:
@@ -254,23 +296,28 @@ def _latent(job: Job, autoencoder: Autoencoder, each: _Wanted) -> np.ndarray:
 
 def _cover(job: Job, missing: Sequence[_WantedMask]) -> dict[str, LatentRow]:
     """Store the masks that are missing, fragments of one bucket shape each."""
-    from stages.dataset.decoder import decoders
     from stages.stores.fragments import MOST_RECORDS
     from stages.stores.latents import write_latents
 
-    ask = decoders(job.config.validate.max_megapixels)
     written: dict[str, LatentRow] = {}
-    for bucket, group in groupby(sorted(missing, key=_bucket_of), key=_bucket_of):
+    for _, group in groupby(sorted(missing, key=_bucket_of), key=_bucket_of):
         pending = list(group)
         for start in range(0, len(pending), MOST_RECORDS):
             records: list[tuple[str, np.ndarray]] = []
             for each in pending[start : start + MOST_RECORDS]:
-                path = job.dataset / each.draw.mask_path
-                data = _proved(job, path, each.draw.mask_sha256)
-                mask = ask.coverage(data, each.source, _crop(each.item), bucket, flip=each.flip, where=str(path))
-                records.append((each.key, mask))
+                records.append((each.key, _mask(job, each)))
             written |= {row.latent_key: row for row in write_latents(job.store, records, "float32")}
     return written
+
+
+def _mask(job: Job, each: _WantedMask) -> np.ndarray:
+    """Return the mask [1, H/16, W/16] float32. Raises Stale or RejectedInput."""
+    from stages.dataset.decoder import decoders
+
+    path, bucket = job.dataset / each.draw.mask_path, _bucket(each.item)
+    data = _proved(job, path, each.draw.mask_sha256)
+    ask = decoders(job.config.validate.max_megapixels)
+    return ask.coverage(data, each.source, _crop(each.item), bucket, flip=each.flip, where=str(path))
 
 
 def _proved(job: Job, path: Path, sha256: str) -> bytes:

@@ -13,7 +13,7 @@ from schemas.errors import BadConfig
 from schemas.manifest import Manifest
 from schemas.objective import Output
 from stages.contract.artifacts import Built, Plan, holder, keyed
-from stages.contract.digests import digest_of
+from stages.contract.digests import digest_of, unknown
 from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.dataset.captions import caption_id, prompt_with_trigger, with_class_word
@@ -60,17 +60,13 @@ class EncodeText:
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Encode what no store has yet, and write the index."""
         from schemas.tables import EMBEDDING_INDEX
-        from stages.stores.embeddings import scan_embeddings, whole_embeddings
         from stages.stores.tables import write_table
 
         validated = upstream(job, "validate")
         captions = _captions(validated)
         wanted = _wanted(plan, captions)
         keys = {text: _embedding_key(plan, text) for _, _, text in wanted}
-        known: dict[str, EmbeddingRow] = {}
-        for store in () if job.flags.force else reversed(job.stores):
-            known |= scan_embeddings(store)
-        known = whole_embeddings(job.stores, [known[key] for key in keys.values() if key in known], job.digests)
+        known = _known(job, keys.values())
         missing = [text for text, key in keys.items() if key not in known]
         known |= _encode(job, missing, keys)
         rows = [_index_row(role, named, text, known[keys[text]]) for role, named, text in wanted]
@@ -78,14 +74,35 @@ class EncodeText:
         fragments = sorted({known[key].fragment for key in keys.values()})
         return Built(
             roles=_roles(rows),
-            counts={"total": len(keys), "encoded": len(missing), "reused": len(keys) - len(missing)},
+            counts=_counts(len(keys), len(missing)),
             fragments={name: holder(name, job.stores) for name in fragments},
         )
 
+    def foresee(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Count what no store has yet, and write the index with what is unknown of it."""
+        from schemas.tables import EMBEDDING_INDEX
+        from stages.stores.embeddings import EmbeddingRow
+        from stages.stores.tables import write_table
+
+        wanted = _wanted(plan, _captions(upstream(job, "validate")))
+        keys = dict.fromkeys(_embedding_key(plan, text) for _, _, text in wanted)
+        known = _known(job, keys)
+        encoder, dtype = model_of(job).variant.text_encoder, plan.params["dtype"]
+        coming = {
+            key: EmbeddingRow(key, "", 0, 0, encoder.length, encoder.width, dtype, unknown(key))
+            for key in keys
+            if key not in known
+        }
+        rows = [
+            _index_row(role, named, text, (known | coming)[_embedding_key(plan, text)])
+            for role, named, text in wanted
+        ]
+        write_table(work / INDEX, EMBEDDING_INDEX, rows)
+        return Built(roles=_roles(rows), counts=_counts(len(keys), len(coming)))
+
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """Everything was there."""
-        total = manifest.counts["total"]
-        return {"total": total, "encoded": 0, "reused": total}
+        return _counts(manifest.counts["total"], 0)
 
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Leave nothing in the run folder: embeddings are not looked at."""
@@ -118,8 +135,12 @@ class EncodeText:
         plan = Plan(manifest.params, manifest.inputs)
         encoder = load_text_encoder(model, prepare().compute_dtype, plan.params["quantize"])
         texts = {_embedding_key(plan, text): text for _, _, text in _wanted(plan, _captions(validated))}
-        for key in keys:
+        for key in (each for each in keys if each in texts):
             yield key, _embedding(job, encoder, tokenizer.encode(texts[key]))
+
+
+def _counts(total: int, encoded: int) -> dict[str, int]:
+    return {"total": total, "encoded": encoded, "reused": total - encoded}
 
 
 def prompts(job: Job) -> list[str]:
@@ -162,6 +183,16 @@ def _embedding_key(plan: Plan, text: str) -> str:
     settings = {name: value for name, value in plan.params.items() if name not in WHICH}
     inputs = {name: plan.inputs[name] for name in ("text_encoder", "tokenizer")}
     return digest_of("embedding", {"text": text, "version": EncodeText.version, **settings, **inputs})
+
+
+def _known(job: Job, keys: Collection[str]) -> dict[str, EmbeddingRow]:
+    """Return those of `keys` that a store has whole; none where all is to be done again."""
+    from stages.stores.embeddings import scan_embeddings, whole_embeddings
+
+    known: dict[str, EmbeddingRow] = {}
+    for store in () if job.flags.force else reversed(job.stores):
+        known |= scan_embeddings(store)
+    return whole_embeddings(job.stores, [known[key] for key in keys if key in known], job.digests)
 
 
 def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[str, EmbeddingRow]:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import msgspec
 
 from schemas import results
 from schemas.manifest import Manifest
 from stages.contract.artifacts import Built, Plan, holder, keyed, restore_file
-from stages.contract.digests import digest_of
+from stages.contract.digests import digest_of, is_unknown, unknown
 from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, quantization, transformer_digest
 
 if TYPE_CHECKING:
-    from stages.training.previews import Scene
+    from stages.training.previews import Painter, Scene
 
 INDEX = "index.json"
+
+
+# The LoRA of a step that training has not reached.
+NOT_YET = unknown("lora")
 
 
 class Picture(msgspec.Struct, frozen=True):
@@ -85,7 +89,7 @@ class Preview:
             decoder=cache(lambda: load_autoencoder(model, encoder=False, decoder=True)),
         )
         wanted = shots(job)
-        missing = sum(len(painter.missing(shot.lora)) for shot in wanted)
+        missing = _missing(painter, wanted)
         with progress(self.name, total=missing * scene.sampling.steps, quiet=job.flags.quiet) as bar:
             rendered = sum(painter.paint(shot.path, shot.lora, on_step=lambda _: bar.advance(1)) for shot in wanted)
         pictures = _pictures(scene, wanted)
@@ -98,6 +102,19 @@ class Preview:
             counts=_counts(len(pictures), rendered),
             fragments={each.fragment: holder(each.fragment, job.stores) for each in pictures},
         )
+
+    def foresee(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Count the pictures of every step to be shown, and those that training will not have drawn by then."""
+        from stages.training.previews import Painter, scene_of
+
+        scene, known = scene_of(job), shots(job)
+        painter = Painter(job.stores, scene, transformer=_undrawn, decoder=_undrawn)
+        shown, drawn = _steps_to_come(job, known)
+        images = len(shown) * len(scene.prompts)
+        missing = _missing(painter, [shot for shot in known if shot.step not in drawn])
+        # One of a step not trained yet: as many as there are different prompts.
+        missing += len(set(scene.keys(NOT_YET))) * len(shown - drawn - {shot.step for shot in known})
+        return Built(roles={"pictures": unknown("pictures")}, counts=_counts(images, missing))
 
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """All pictures were there."""
@@ -131,6 +148,28 @@ def shots(job: Job) -> list[Shot]:
     kind = "ema" if ema else "lora"
     last = (steps, folder / f"{kind}.safetensors", manifest.roles[kind])
     return [Shot(0, "none", None), *(Shot(step, digest, path) for step, path, digest in (*before, last))]
+
+
+def _missing(painter: Painter, wanted: Sequence[Shot]) -> int:
+    """Return how many pictures of the shots no store has."""
+    return sum(len(painter.missing(shot.lora)) for shot in wanted)
+
+
+def _steps_to_come(job: Job, known: Sequence[Shot]) -> tuple[set[int], set[int]]:
+    """Return the steps to be shown once training is done, and those of which it draws the pictures."""
+    manifest, _ = upstream(job, "train")
+    settings, start = job.config.preview, manifest.counts["resumed_from"]
+    if not is_unknown(manifest.roles["lora"]):
+        return {shot.step for shot in known}, set()
+    train = job.config.train
+    coming = {*range(train.checkpoint_every, train.steps, train.checkpoint_every), train.steps}
+    coming = {step for step in coming if step > start}
+    draws = settings.during_training and settings.distilled is None
+    return {shot.step for shot in known} | coming, {0, *coming} if draws else set()
+
+
+def _undrawn() -> Never:
+    raise AssertionError("a look ahead draws nothing")
 
 
 def _pictures(scene: Scene, wanted: list[Shot]) -> list[Picture]:

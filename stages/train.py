@@ -13,7 +13,7 @@ from schemas.errors import Damaged, Stale
 from schemas.manifest import Manifest
 from schemas.objective import Output
 from stages.contract.artifacts import Built, Plan, keyed, restore_file
-from stages.contract.digests import canonical_json
+from stages.contract.digests import canonical_json, unknown
 from stages.contract.job import Job
 from stages.contract.publish import write_file
 from stages.contract.runner import differences, upstream
@@ -84,6 +84,22 @@ class Train:
             roles=roles,
             counts={"steps": steps, "resumed_from": start.step if start is not None else 0},
         )
+
+    def foresee(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Find the checkpoint that training would go on from; the LoRA is known when that is its end."""
+        from stages.training.checkpoints import newest, trajectory_of
+
+        steps = job.config.train.steps
+        start = newest(job.stores, trajectory_of(plan.params, plan.inputs), steps, job.warn)
+        roles = {"lora": unknown("lora")}
+        if job.config.train.ema is not None:
+            roles["ema"] = unknown("ema")
+        if start is not None and start.step == steps:
+            roles = {
+                "lora": start.manifest.lora,
+                **({} if start.manifest.ema is None else {"ema": start.manifest.ema}),
+            }
+        return Built(roles, {"steps": steps, "resumed_from": start.step if start is not None else 0})
 
     def follow(self, job: Job) -> None:
         """Take this process's part in the trainings of the one it was launched with."""

@@ -86,15 +86,23 @@ class Validate:
         _write_tables(work, dataset)
         report = {"findings": findings, "statistics": dataset.statistics}
         (work / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-        statistics = dataset.statistics
-        counts = {
-            "images": statistics.images,
-            "accepted": statistics.accepted,
-            "rejected": statistics.rejected,
-            "warnings": len(dataset.warnings),
-            "items": len(dataset.items),
-        }
-        return Built(_roles(dataset, job.config.validate.masks), counts)
+        return Built(_roles(dataset, job.config.validate.masks), _counts(dataset))
+
+    def foresee(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Look at captions, and at the headers of pictures: which of them are damaged inside stays open."""
+        for folder in (job.dataset, class_folder(job)):
+            if folder is not None:
+                require_pictures(folder, "change [validate] and the model back, or name the pictures' folder there")
+        from stages.dataset.items import build_items
+
+        settings = job.config.validate
+        dataset = build_items(
+            job.dataset, settings, plan.params["text_length"], lambda *_: None, class_folder(job), glance=True
+        )
+        for fault in dataset.faults:
+            job.warn(f"{'will be left out' if settings.skip_bad else 'validate will refuse'}: {fault.line()}")
+        _write_tables(work, dataset)
+        return Built(_roles(dataset, settings.masks), _counts(dataset))
 
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """The pictures are what they were."""
@@ -106,6 +114,17 @@ class Validate:
     def findings(self, folder: Path) -> list[Fault]:
         """Return what the report in an artifact's folder lists: warnings, and what was left out."""
         return msgspec.json.decode((folder / REPORT).read_bytes(), type=_Report).findings
+
+
+def _counts(dataset: Dataset) -> dict[str, int]:
+    statistics = dataset.statistics
+    return {
+        "images": statistics.images,
+        "accepted": statistics.accepted,
+        "rejected": statistics.rejected,
+        "warnings": len(dataset.warnings),
+        "items": len(dataset.items),
+    }
 
 
 def _shown(statistics: Statistics) -> list[tuple[str, str]]:

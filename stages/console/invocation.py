@@ -54,6 +54,7 @@ def job_of(options: dict[str, Any]) -> Job:
         also=tuple(store for store in also if not distrusted(store)),
         foreign=tuple(store for store in also if distrusted(store)),
         allowed=allowed,
+        look_only=options.get("look_only", False),
         flags=Flags(**{name: options[name] for name in Flags.__dataclass_fields__ if name in options}),
         say=messages.say,
         warn=messages.warn,

@@ -24,6 +24,9 @@ RACY_NS = 2_000_000_000
 Row = tuple[str, str, str, str]
 COLUMNS = "what TEXT PRIMARY KEY, stat TEXT, value TEXT, seal TEXT"
 
+# Of what only a look ahead names: no digest that was computed, and equal to none.
+UNKNOWN = "unknown "
+
 _encoder = msgspec.json.Encoder(order="sorted")
 
 
@@ -35,6 +38,16 @@ def canonical_json(value: object) -> bytes:
 def digest_of(kind: str, value: object) -> str:
     """Return the hex sha256 of `value`'s canonical JSON, prefixed by its kind."""
     return sha256_bytes(f"flux2-lora/{kind}\n".encode() + canonical_json(value))
+
+
+def unknown(what: str) -> str:
+    """Return what stands for a digest that is not known yet; different for each `what`."""
+    return f"{UNKNOWN}{what}"
+
+
+def is_unknown(digest: str) -> bool:
+    """Return whether `digest` only stands for one."""
+    return digest.startswith(UNKNOWN)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -60,11 +73,16 @@ class StatCache:
     The database lies in `<store>/lookup/` and may be deleted at any time; a damaged one is started anew.
     """
 
-    def __init__(self, path: Path, *, paranoid: bool = False) -> None:
-        """Use the database at `path`; with `paranoid`, believe nothing in it and compute everything anew."""
+    def __init__(self, path: Path, *, paranoid: bool = False, look_only: bool = False) -> None:
+        """Use the database at `path`; with `paranoid`, believe nothing in it and compute everything anew.
+
+        With `look_only` nothing is written, so what is computed is forgotten.
+        """
         self._path = path
         self._paranoid = paranoid
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._look_only = look_only
+        if not look_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def files(self, paths: Sequence[Path]) -> list[str]:
         """Return the sha256 of each file, reading only those whose stat changed."""
@@ -75,6 +93,10 @@ class StatCache:
     def one(self, what: str, paths: Sequence[Path], compute: Callable[[], str]) -> str:
         """Return `compute()`, remembered under `what` until one of `paths` changes."""
         return self.many([(what, paths, compute)])[0]
+
+    def recalled(self, what: str, paths: Sequence[Path]) -> str | None:
+        """Return what is remembered under `what`; None where it would have to be computed."""
+        return None if self._paranoid else self._recall([what]).get((what, _stats(paths)))
 
     def many(self, asked: Sequence[tuple[str, Sequence[Path], Callable[[], str]]]) -> list[str]:
         """Return the value of each (what, paths, compute), in order."""
@@ -91,7 +113,7 @@ class StatCache:
             # Unchanged while it was read, and old enough that a later edit must move its times.
             if _stats(paths) == stats and _youngest_ns(paths) < started_ns - RACY_NS:
                 fresh.append((what, stats, values[-1]))
-        if fresh:
+        if fresh and not self._look_only:
             self._remember(fresh)
         return values
 
@@ -114,6 +136,8 @@ class StatCache:
 
     def _ask(self, question: Callable[[sqlite3.Connection], Iterable[Row]]) -> list[Row]:
         """Return the rows `question` finds; none where the database is damaged, which is then started anew."""
+        if self._look_only:
+            return self._ask_only(question)
         try:
             with closing(sqlite3.connect(self._path, timeout=30)) as database, database:
                 database.execute(f"CREATE TABLE IF NOT EXISTS remembered ({COLUMNS})")
@@ -122,6 +146,14 @@ class StatCache:
             with suppress(OSError):
                 for path in (self._path, Path(f"{self._path}-journal")):
                     path.unlink(missing_ok=True)
+            return []
+
+    def _ask_only(self, question: Callable[[sqlite3.Connection], Iterable[Row]]) -> list[Row]:
+        read_only = f"{self._path.absolute().as_uri()}?mode=ro"
+        try:
+            with closing(sqlite3.connect(read_only, timeout=30, uri=True)) as database:
+                return list(question(database))
+        except sqlite3.DatabaseError:
             return []
 
 

@@ -41,7 +41,9 @@ class Job:
 
     `foreign` are other people's stores, of which only what the `allowed` signed is taken (stages/contract/trust.py).
 
-    `say` and `warn` take a line for the person; `upstream` remembers the artifacts this process has already found.
+    With `look_only` nothing at all is written and no large file is read: what that leaves open has a digest that is
+    unknown. `say` and `warn` take a line for the person; `upstream` remembers the artifacts this process has already
+    found.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Job:
     also: tuple[Path, ...] = ()
     foreign: tuple[Path, ...] = ()
     allowed: Path | None = None
+    look_only: bool = False
     flags: Flags = Flags()
     say: Callable[[str], None] = _silent
     warn: Callable[[str], None] = _silent
@@ -100,7 +103,8 @@ class Job:
     def digests(self) -> StatCache:
         """Digests of files that did not change since they were last read."""
         with no_resources(self.store):
-            return StatCache(self.store / "lookup" / "digests.sqlite", paranoid=self.flags.paranoid)
+            path = self.store / "lookup" / "digests.sqlite"
+            return StatCache(path, paranoid=self.flags.paranoid, look_only=self.look_only)
 
     def remedy(self, stage: str) -> str:
         """Return the command that runs `stage` for this configuration."""

@@ -90,6 +90,18 @@ class Parallel(Protocol):
 
 
 @runtime_checkable
+class Foreseen(Protocol):
+    """A stage that says what building would come to, without a model and without writing into a store or a run."""
+
+    def foresee(self, job: Job, plan: Plan, work: Path) -> Built:
+        """Return what `build` would: what no store has yet counted, and its digests in roles unknown.
+
+        The tables that stages after it look at are written into `work`, a folder of the caller's.
+        """
+        ...
+
+
+@runtime_checkable
 class Indexed(Protocol):
     """A stage whose roles follow from the tables in its artifact."""
 
@@ -197,11 +209,11 @@ def store_lock(store: Path) -> Path:
 
 
 def _run(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outcome:
-    done = None if job.flags.force else _whole(stage, job, key)
+    done = None if job.flags.force else whole(stage.name, job, key)
     if done is None:
         with _locks(stage, job, key):
             # Another process may have made it while this one waited.
-            done = None if job.flags.force else _whole(stage, job, key)
+            done = None if job.flags.force else whole(stage.name, job, key)
             if done is None:
                 return _build(stage, job, plan, key, started)
     manifest, folder = done
@@ -237,9 +249,9 @@ def _locks(stage: Stage, job: Job, key: str) -> ExitStack:
         return taken.pop_all()
 
 
-def _whole(stage: Stage, job: Job, key: str) -> tuple[Manifest, Path] | None:
+def whole(stage: str, job: Job, key: str) -> tuple[Manifest, Path] | None:
     """Return the artifact when it is complete; a damaged one is announced and made again."""
-    folder = find(stage.name, key, job.stores) or adopt(job, stage.name, key)
+    folder = find(stage, key, job.stores) or adopt(job, stage, key)
     if folder is None:
         return None
     try:
@@ -248,7 +260,7 @@ def _whole(stage: Stage, job: Job, key: str) -> tuple[Manifest, Path] | None:
         job.warn(f"{error.faults[0].line()} (making it again)")
         return None
     if damaged := damaged_files(manifest, folder, job.stores, job.digests):
-        job.warn(f"{stage.name}: {len(damaged)} files are missing or damaged, first {damaged[0]}; making them again")
+        job.warn(f"{stage}: {len(damaged)} files are missing or damaged, first {damaged[0]}; making them again")
         return None
     return manifest, folder
 

@@ -13,7 +13,7 @@ import signal
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -62,6 +62,7 @@ class Inspect(Strict, frozen=True, tag=True):
     """Asks for `pixels.inspect` of each (name for errors, size in bytes) of the pictures in the raw bytes."""
 
     pictures: tuple[tuple[str, int], ...]
+    glance: bool = False
 
 
 class Pixels(Strict, frozen=True, tag=True):
@@ -152,8 +153,8 @@ def confine(memory_bytes: int) -> None:
 def _answer(request: Request, data: bytes, max_megapixels: float) -> tuple[Answer, bytes | memoryview]:
     try:
         match request:
-            case Inspect(pictures=pictures):
-                return Looked(outcomes=tuple(_inspected(data, pictures, max_megapixels))), b""
+            case Inspect():
+                return Looked(outcomes=tuple(_inspected(data, request, max_megapixels))), b""
             case Pixels(crop=crop, bucket=bucket, background=background, flip=flip):
                 return _array(lambda: pixels.pixels(data, crop, bucket, background, flip=flip))
             case Coverage(source=source, crop=crop, bucket=bucket, flip=flip):
@@ -162,11 +163,12 @@ def _answer(request: Request, data: bytes, max_megapixels: float) -> tuple[Answe
         return Refused(fault=error.faults[0]), b""
 
 
-def _inspected(data: bytes, pictures: Sequence[tuple[str, int]], max_megapixels: float) -> Iterator[Seen | Refused]:
+def _inspected(data: bytes, request: Inspect, max_megapixels: float) -> Iterator[Seen | Refused]:
     start = 0
-    for where, size in pictures:
+    for where, size in request.pictures:
+        picture = data[start : start + size]
         try:
-            yield Seen(inspected=pixels.inspect(data[start : start + size], where, max_megapixels))
+            yield Seen(inspected=pixels.inspect(picture, where, max_megapixels, glance=request.glance))
         except RejectedInput as error:
             yield Refused(fault=error.faults[0])
         start += size

@@ -88,18 +88,26 @@ def build_items(
     text_length: int,
     on_progress: Callable[[int, int], None],
     class_folder: Path | None = None,
+    *,
+    glance: bool = False,
 ) -> Dataset:
     """Return the items of a folder and all its faults; pictures in `class_folder` are of the class.
+
+    With `glance` the headers of pictures are believed: the same items, but damage in the pixels is not found.
 
     `text_length` is the model's number of text tokens (a tie-break between buckets); `on_progress(done, total)` is
     called from this thread. Raises BadConfig when the folder does not exist, or a pattern of repeats matches nothing.
     """
-    surveys = [_survey(folder, config, on_progress)]
+    surveys = [_survey(folder, config, on_progress, glance=glance)]
     if class_folder is not None:
         before = len(surveys[0].found.pictures)
         surveys.append(
             _class_survey(
-                folder, class_folder, config, lambda done, total: on_progress(before + done, before + total)
+                folder,
+                class_folder,
+                config,
+                lambda done, total: on_progress(before + done, before + total),
+                glance=glance,
             )
         )
     accepted = [picture for survey in surveys for picture in survey.pictures]
@@ -117,7 +125,7 @@ def build_items(
     )
 
 
-def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], None]) -> _Survey:
+def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], None], *, glance: bool) -> _Survey:
     found = discover(folder, masks=config.masks == "files")
     times = _times(found.pictures, config.repeats)
     lines = config.captions == "lines"
@@ -126,7 +134,7 @@ def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], No
     if not found.pictures and not found.refused:
         faults.append(_empty_fault(found))
     good: dict[str, Inspected] = {}
-    outcomes = decoders(config.max_megapixels).inspect(folder, found.pictures)
+    outcomes = decoders(config.max_megapixels).inspect(folder, found.pictures, glance=glance)
     for done, (picture, outcome) in enumerate(zip(found.pictures, outcomes, strict=True), 1):
         fault = outcome if isinstance(outcome, Fault) else shape_fault(picture, outcome.width, outcome.height)
         if fault is None and not isinstance(outcome, Fault):
@@ -145,11 +153,11 @@ def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], No
 
 
 def _class_survey(
-    folder: Path, class_folder: Path, config: Validate, on_progress: Callable[[int, int], None]
+    folder: Path, class_folder: Path, config: Validate, on_progress: Callable[[int, int], None], *, glance: bool
 ) -> _Survey:
     """Return what the folder of the class holds, its files named relative to the dataset."""
     plain = msgspec.structs.replace(config, trigger="", repeats=(), masks=None)
-    survey = _survey(class_folder, plain, on_progress)
+    survey = _survey(class_folder, plain, on_progress, glance=glance)
     beside = Path(os.path.relpath(class_folder.resolve(), folder.resolve())).as_posix()
     return _Survey(
         survey.found,

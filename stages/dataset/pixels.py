@@ -78,10 +78,11 @@ def plan(crop: tuple[int, int, int, int], bucket: tuple[int, int], background: s
     return {"version": PLAN_VERSION, "crop": list(crop), "bucket": list(bucket), "background": background}
 
 
-def inspect(data: bytes, where: str, max_megapixels: float) -> Inspected:
+def inspect(data: bytes, where: str, max_megapixels: float, *, glance: bool = False) -> Inspected:
     """Decode a picture completely and return what it is; `where` names it in errors.
 
-    Raises RejectedInput: not a JPEG, PNG or WebP, truncated, damaged, animated or too large.
+    With `glance` its header is believed and no pixel is decoded. Raises RejectedInput: not a JPEG, PNG or WebP,
+    truncated, damaged, animated or too large.
     """
     with decoder_errors(where):
         picture = _open(data, where)
@@ -96,10 +97,11 @@ def inspect(data: bytes, where: str, max_megapixels: float) -> Inspected:
             )
         if not _is_whole(data, str(picture.format)):
             raise _rejected("picture.truncated", "the picture is cut off", where, "its end is missing")
-        # Only verify checks PNG checksums, only load finds damaged JPEG data; each needs a fresh start.
-        picture.verify()
-        picture = _open(data, where)
-        picture.load()
+        if not glance:
+            # Only verify checks PNG checksums, only load finds damaged JPEG data; each needs a fresh start.
+            picture.verify()
+            picture = _open(data, where)
+            picture.load()
         if picture.mode == "CMYK" and "adobe" not in picture.info:
             why = "without an Adobe marker nothing says whether its colours are inverted"
             raise _rejected("picture.cmyk", "the colours of this CMYK picture are unknown", where, why)

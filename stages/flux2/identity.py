@@ -11,16 +11,18 @@ from pathlib import Path
 import msgspec
 
 from schemas import results
-from schemas.errors import BadConfig
+from schemas.errors import BadConfig, NoResources
 from schemas.run import Model
-from stages.contract.digests import canonical_json
+from stages.contract.digests import canonical_json, unknown
 from stages.contract.job import Job
 from stages.contract.publish import publish_folder, workspace, write_file
-from stages.flux2.folder import ModelFiles, open_model
-from stages.flux2.variants import MICRO, QWEN3_4B
+from stages.flux2.folder import BUILT_IN, ModelFiles, open_model
+from stages.flux2.variants import MICRO, QWEN3_4B, VARIANTS
 
 # Raised when make_micro gives other bytes: the folder of the built-in model in the store carries it.
 MICRO_VERSION = 1
+# Of a model's part that a mere look reads to know its digest.
+MOST_LOOKED_BYTES = 256 << 20
 
 
 def model_of(job: Job) -> ModelFiles:
@@ -28,6 +30,8 @@ def model_of(job: Job) -> ModelFiles:
 
     Which commit of a hub's model the run uses stands in its folder; a branch that moved since is told, once.
     """
+    if job.look_only:
+        return _looked_at(job, job.config.model)
     model = open_model(job.config.model, job.base, lambda name: _built_in(job, name))
     if model.commit is not None:
         _note_commit(job, model.commit)
@@ -47,7 +51,11 @@ def drawing_model_of(job: Job) -> ModelFiles:
     model, source = model_of(job), job.config.preview.distilled
     if source is None:
         return model
-    sibling = open_model(Model(source=source), job.base, lambda name: _built_in(job, name))
+    spec = Model(source=source)
+    if job.look_only:
+        sibling = _looked_at(job, spec)
+    else:
+        sibling = open_model(spec, job.base, lambda name: _built_in(job, name))
     if sibling.variant.transformer != model.variant.transformer or not sibling.variant.distilled:
         found = f"{sibling.variant.name}, {'distilled' if sibling.variant.distilled else 'not distilled'}"
         raise BadConfig(
@@ -70,6 +78,20 @@ def text_length(job: Job) -> int:
     """Return the number of text tokens, known without the model's files: validate needs nothing else of it."""
     micro = MICRO.name in (job.config.model.source, job.config.model.variant)
     return MICRO.text_encoder.length if micro else QWEN3_4B.length
+
+
+def _looked_at(job: Job, spec: Model) -> ModelFiles:
+    """Return the model, without files where it is not on this machine yet but its name says what it is."""
+    known = {**{row.hub_id: row for row in VARIANTS.values() if row.hub_id}, **VARIANTS}
+    named = known.get(spec.source if spec.variant == "auto" else spec.variant)
+    if spec.source in BUILT_IN and named is not None and not _built_in_folder(job, spec.source).exists():
+        return ModelFiles(named, (), (), (), Path(), spec.source)
+    try:
+        return open_model(spec, job.base, lambda name: _built_in_folder(job, name))
+    except NoResources:
+        if named is None:
+            raise
+        return ModelFiles(named, (), (), (), Path(), spec.source)
 
 
 def _note_commit(job: Job, commit: str) -> None:
@@ -128,6 +150,8 @@ def text_encoder_digest(job: Job, model: ModelFiles) -> str:
 
 def tokenizer_digest(job: Job, model: ModelFiles) -> str:
     """Return the digest of the tokenizer's file."""
+    if job.look_only and not model.transformer:
+        return unknown("tokenizer")
     return job.digests.files([model.tokenizer])[0]
 
 
@@ -145,4 +169,7 @@ def _remembered(job: Job, part: str, files: Sequence[Path], model: ModelFiles) -
 
     # The variant, because it says how many layers of a file are in use.
     names = " ".join(str(path.absolute()) for path in files)
-    return job.digests.one(f"{part} {names} {model.variant}", files, compute)
+    what = f"{part} {names} {model.variant}"
+    if job.look_only and (not files or sum(path.stat().st_size for path in files) > MOST_LOOKED_BYTES):
+        return job.digests.recalled(what, files) or unknown(part)
+    return job.digests.one(what, files, compute)

@@ -10,7 +10,7 @@ from stages.dataset import decoding, pixels
 whole = pixels.inspect
 
 
-def inspect(data: bytes, where: str, max_megapixels: float) -> pixels.Inspected:
+def inspect(data: bytes, where: str, max_megapixels: float, *, glance: bool = False) -> pixels.Inspected:
     if b"crash" in data:
         os.abort()
     if b"hang" in data:
@@ -23,7 +23,7 @@ def inspect(data: bytes, where: str, max_megapixels: float) -> pixels.Inspected:
     if b"memory" in data:
         with pixels.decoder_errors(where):
             bytearray(8 << 30)
-    return whole(data, where, max_megapixels)
+    return whole(data, where, max_megapixels, glance=glance)
 
 
 if __name__ == "__main__":
