@@ -6,6 +6,7 @@ the bytes on stdin, under the limits of `stages/dataset/decoding.py`, and answer
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,11 +59,11 @@ def _fault(code: str, what: str, why: str) -> Fault:
 
 def main() -> None:
     """Read the table on stdin; argv names the columns."""
-    import numpy as np  # noqa: F401
-    from pyarrow import parquet  # noqa: F401
-
     from stages.stores.tables import read_texts
 
+    # Imports whatever reading a table needs: afterwards no file can be opened.
+    with contextlib.suppress(RejectedInput):
+        read_texts(b"", ())
     data = sys.stdin.buffer.read()
     confine(MEMORY_BYTES)
     try:

@@ -155,7 +155,7 @@ def repacked(bundle: Path, change: Callable[[dict[str, bytes]], object], target:
 
 EVIL = [
     "../evil",
-    "/tmp/evil",
+    "/evil",
     "store/../../evil",
     "store/a/../../../evil",
     "sources/..",
