@@ -53,7 +53,7 @@ def _check(inspection: Inspection, stage: str, chain: Chain) -> None:
         with inspection.noting():
             stored[key] = read(rows[key])
     if stored:
-        _recompute(inspection, stage, chain, stored)
+        _recompute(inspection, stage, chain, rows, stored)
 
 
 def _reader(job: Job, stage: str) -> Callable[[Mapping[str, Any]], np.ndarray]:
@@ -104,7 +104,13 @@ def _token_counts(inspection: Inspection, rows: Mapping[str, Mapping[str, Any]])
             inspection.error(Damaged, "embeddings.tokens", what, f"record {key_of(row)}", fix)
 
 
-def _recompute(inspection: Inspection, stage: str, chain: Chain, stored: Mapping[str, np.ndarray]) -> None:
+def _recompute(
+    inspection: Inspection,
+    stage: str,
+    chain: Chain,
+    rows: Mapping[str, Mapping[str, Any]],
+    stored: Mapping[str, np.ndarray],
+) -> None:
     """Make records again from their sources and compare: the same bytes, or those of another backend."""
     import numpy as np
 
@@ -119,7 +125,7 @@ def _recompute(inspection: Inspection, stage: str, chain: Chain, stored: Mapping
     fix = f"{inspection.job.remedy(stage)} --force"
     try:
         for key, made in maker.encode_again(inspection.job, manifest, chain["validate"], stored.keys()):
-            again = widened(made, manifest.params["dtype"])
+            again = widened(made, rows[key]["dtype"])
             same = np.array_equal(again, stored[key])
             distance = 0.0 if same else _distance(again, stored[key])
             inspection.count_again(kind, "equal" if same else "close" if distance <= MOST_DISTANCE else "other")

@@ -161,6 +161,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "train.preservation={kind='output',class_word='thing'}",
         "preview.prompts=[]",
     ),
+    "masks, bfloat16, rotation": (
+        "validate.masks=alpha",
+        "train.mask.outside=0.2",
+        "encode_latents.dtype=bfloat16",
+        "train.checkpoint_every=1",
+        "train.rotation.keep_last=1",
+    ),
     "LION, float32, no pictures": ("train.optimizer.kind=lion", "train.save_dtype=float32", "preview.prompts=[]"),
     "quantized": ("model.quantize=8bit", "encode_text.quantize=4bit"),
 }

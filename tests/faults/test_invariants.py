@@ -147,6 +147,13 @@ def test_every_invariant_has_a_mutant_that_its_own_group_of_checks_finds(
     assert wrong == {}
 
 
+def test_record_under_a_key_of_nothing_is_told_and_not_made_again(finished: Project, tmp_path: Path) -> None:
+    project = finished.copy(tmp_path / "project")
+    mutants.repointed(project, lambda key, latent: (key[::-1], latent))
+    ran = project.run("verify", "--recompute", "100%")
+    assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (4, ["index.keys"])
+
+
 MORE: dict[str, tuple[Mutate, str]] = {
     "a path that leaves the store": (
         lambda p: mutants.resealed(
