@@ -96,7 +96,8 @@ class Preview:
         (work / INDEX).write_bytes(msgspec.json.format(msgspec.json.encode(pictures)) + b"\n")
         for shot in wanted if len(scene.prompts) > 1 else ():
             write_grid(job.stores, scene, shot.lora, work / results.preview(shot.step))
-        write_sheet(job.stores, scene, [(shot.step, shot.lora) for shot in wanted], work / results.PREVIEWS)
+        columns = [(shot.step, shot.lora) for shot in wanted]
+        write_sheet(job.stores, scene, columns, work / results.PREVIEWS, complete=True)
         return Built(
             roles={"pictures": digest_of("pictures", [[each.file, each.fragment] for each in pictures])},
             counts=_counts(len(pictures), rendered),

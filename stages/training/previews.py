@@ -203,21 +203,35 @@ def find_picture(stores: Sequence[Path], key: str) -> Path | None:
 
 
 def write_grid(stores: Sequence[Path], scene: Scene, lora_digest: str, path: Path) -> None:
-    """Write the labelled grid of a step's pictures; only several prompts have one."""
+    """Write the labelled grid of a step's pictures; only several prompts have one. Raises Damaged."""
     pictures = [find_picture(stores, key) for key in scene.keys(lora_digest)]
+    _require(all(pictures), path)
     save_png(grid([pixels(each) for each in pictures if each], [text for text, _ in scene.prompts]), path, {})
 
 
-def write_sheet(stores: Sequence[Path], scene: Scene, shots: Sequence[tuple[int, str]], path: Path) -> None:
+def write_sheet(
+    stores: Sequence[Path], scene: Scene, shots: Sequence[tuple[int, str]], path: Path, *, complete: bool = False
+) -> None:
     """Write the contact sheet of `shots`, (step, tensor digest of its LoRA): a row a prompt, a column a step.
 
-    Steps that lack a picture are left out, and of very many all but some, evenly spread.
+    Steps that lack a picture are left out, or with `complete` are Damaged; of very many all but some are left out.
     """
     found = {step: [find_picture(stores, key) for key in scene.keys(digest)] for step, digest in _spread(shots)}
     columns = {step: [pixels(each) for each in pictures if each] for step, pictures in found.items() if all(pictures)}
+    _require(not complete or len(columns) == len(found), path)
     if columns and scene.prompts:
         rows = [(text, [column[row] for column in columns.values()]) for row, (text, _) in enumerate(scene.prompts)]
         save_png(contact_sheet(rows, [f"step {step}" for step in columns]), path, {})
+
+
+def _require(whole: bool, path: Path) -> None:  # noqa: FBT001
+    if not whole:
+        raise Damaged(
+            "preview.unreadable",
+            "a picture that was drawn is gone or damaged",
+            where=path.name,
+            fix="flux2-lora preview --config ... (it draws that one again)",
+        )
 
 
 def _spread(shots: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:

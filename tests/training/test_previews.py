@@ -25,7 +25,7 @@ from stages.lora.layer import Factors
 from stages.lora.targets import linear_shapes
 from stages.stores.embeddings import write_embeddings
 from stages.stores.tensors import from_mlx, save, tensor_digest
-from stages.training.previews import NO_LORA, Painter, Scene, find_picture, picture_name, write_grid
+from stages.training.previews import NO_LORA, Painter, Scene, find_picture, picture_name, write_grid, write_sheet
 from tests.training.corpus import key
 
 CONFIG = MICRO.transformer
@@ -204,6 +204,20 @@ def test_only_whole_pictures_of_that_name_are_found(
     assert len(drawing.missing(NO_LORA)) == (0 if harm is Path.touch else 1)
     drawing.paint(None, NO_LORA)
     assert path.read_bytes() == before
+
+
+def test_nothing_is_shown_in_the_place_of_a_damaged_picture(tmp_path: Path, scene: Scene, models: Models) -> None:
+    painter(tmp_path, scene, models).paint(None, NO_LORA)
+    shots = [(0, NO_LORA)]
+    write_sheet([tmp_path], scene, shots, tmp_path / "sheet.png", complete=True)
+    cut(tmp_path / picture_name(scene.keys(NO_LORA)[0]))
+    with pytest.raises(Damaged, match=r"preview\.unreadable.*grid\.png"):
+        write_grid([tmp_path], scene, NO_LORA, tmp_path / "grid.png")
+    with pytest.raises(Damaged, match=r"preview\.unreadable.*whole\.png"):
+        write_sheet([tmp_path], scene, shots, tmp_path / "whole.png", complete=True)
+    # While training goes on, a step without its pictures is left out.
+    write_sheet([tmp_path], scene, shots, tmp_path / "some.png")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["sheet.png"]
 
 
 def test_grid_shows_all_prompts_and_is_the_same_every_time(tmp_path: Path, scene: Scene, models: Models) -> None:
