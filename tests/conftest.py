@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
+pytest_plugins = ["tests.bars"]
+
 
 def pytest_configure() -> None:
     """Give MLX a fast BLAS before any test computes, as every stage does."""
