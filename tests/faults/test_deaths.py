@@ -17,7 +17,7 @@ from tests.faults.judge import STAGES, differences, half_published
 from tests.faults.points import BEYOND, calls, chosen, distinct
 from tests.faults.zygote import Fault
 
-SAMPLE = {"kill": 3, "torn": 1}
+SAMPLE = {"kill": 2, "torn": 1}
 # An artifact made at its final place, as if nothing could happen between two writes.
 NAIVE = """
 import json, os

@@ -60,7 +60,7 @@ def test_stopped_training_has_saved_its_last_step_and_resumes_without_a_trace(
     bench: Bench, unbroken: list[Call], count: Count, measured: Measured
 ) -> None:
     written = [call.number for call in unbroken if 0 < lines_before(unbroken, call.number) < STEPS - 1]
-    most = count(2, STOPS)
+    most = count(1, STOPS)
     good = resumed = late = 0
     bad: list[str] = []
     for at in chosen(written, lambda *_: most, 0):
