@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from stages.flux2 import backend
 
@@ -59,3 +61,17 @@ def test_unknown_machine_keeps_the_reference_blas(monkeypatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     if mx.default_device() == mx.Device(mx.cpu):
         assert backend.prepare().blas == backend.REFERENCE_BLAS
+
+
+@pytest.mark.parametrize("asked", [None, "1000"])
+def test_cuda_lets_go_of_buffers_early_unless_asked_otherwise(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    # Set and taken away again, so that it is restored.
+    monkeypatch.setenv(backend.QUEUE_VARIABLE, asked or "")
+    if asked is None:
+        monkeypatch.delenv(backend.QUEUE_VARIABLE)
+    assert backend.prepare().device == "cuda"
+    assert os.environ[backend.QUEUE_VARIABLE] == (asked or backend.QUEUE_MB)
