@@ -241,7 +241,8 @@ def test_text_encoder_packed_otherwise_than_asked_is_refused(model: ModelFiles, 
 @pytest.mark.parametrize("quantize", FORMATS)
 def test_quantized_transformer_answers_near_the_full_one(model: ModelFiles, quantize: Quantize) -> None:
     config = model.variant.transformer
-    given = [mx.random.normal(shape, key=mx.random.key(1)) for shape in [(1, 16, 32), (1, 8, 192)]]
+    features = [(1, 16, config.in_channels), (1, 8, config.joint_attention_dim)]
+    given = [mx.random.normal(shape, key=mx.random.key(1)) for shape in features]
     answers = []
     for mode in ("none", quantize):
         transformer = load.load_transformer(model, mx.float32, mode)
@@ -249,5 +250,6 @@ def test_quantized_transformer_answers_near_the_full_one(model: ModelFiles, quan
         assert transformer.dtype == mx.float32
         answers.append(transformer(*given, mx.array([0.5]), None, rope(config, 8, 4, 4)))
     distance = (mx.linalg.norm(answers[1] - answers[0]) / mx.linalg.norm(answers[0])).item()
-    # Measured: 0.003 (8bit), 0.009 (mxfp8), 0.026 (4bit), 0.030 (nvfp4), 0.035 (mxfp4).
-    assert 1e-3 < distance < (0.015 if FORMATS[quantize].bits == 8 else 0.06)
+    # Measured with random weights: 0.003 (8bit), 0.009 (mxfp8), 0.026 (4bit), 0.030 (nvfp4), 0.035 (mxfp4); with
+    # trained ones 0.006, 0.020, 0.085, 0.102, 0.085.
+    assert 1e-3 < distance < (0.03 if FORMATS[quantize].bits == 8 else 0.15)
