@@ -47,13 +47,15 @@ HELPERS = {
     "report": "Make one page about a run: previews, curves, dataset, settings.",
     "compare": "Make one page of several runs side by side.",
     "gc": "Show, or delete, what no run uses any more.",
+    "plan": "Say what each stage would do, and whether it fits: memory, disk, time.",
+    "why": "Say what changed since a stage ran: the file or setting, old and new.",
     "repair": "Make again what is damaged in a run, and nothing else.",
     "control": "Ask a training under way to pause, go on, stop, save or draw.",
     "quantize": "Pack a model's weights once, for all runs that hold them so.",
+    "pretrain": "Make a small FLUX.2 from nothing, by a recipe.",
     "bundle": "Pack what train needs, without the pictures, for another machine.",
     "unbundle": "Check a bundle and lay it out as a project.",
     "sign": "Sign what a store holds, so that others may take it.",
-    "pretrain": "Make a small FLUX.2 from nothing, by a recipe.",
     "bench": "Measure training steps on this machine, with random weights.",
 }
 TABLES = {

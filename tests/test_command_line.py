@@ -36,16 +36,18 @@ OPTIONS = {
     "gc": "--store --runs --older-than --delete --compact --pin --wait --json --quiet --debug",
     "repair": "--config -c --set --store --also --trust --runs findings --json --quiet --debug",
     "control": "run action --runs --json --debug",
+    "plan": "--config -c --set --store --also --trust --runs --bench --json --quiet --debug",
+    "why": "--config -c --set --store --also --trust --runs stage --json --debug",
     "find-lr": "--config -c --set --store --also --trust --runs --lowest --highest --steps --output -o "
     "--json --quiet --debug",
     "ema": "--config -c --set --store --also --trust --runs --sigma-rel --output -o --json --quiet --debug",
     "report": "run --output -o --config -c --store --also --runs --open --json --debug",
     "compare": "names --output -o --store --also --runs --open --json --debug",
     "quantize": "--config -c --set --store --also --trust --runs --force --json --quiet --debug",
+    "pretrain": "part --recipe --set --output -o --debug",
     "bundle": "--config -c --set --store --also --trust --runs --output -o --key --json --quiet --debug",
     "unbundle": "bundle --output -o --trust --unsigned --json --quiet --debug",
     "sign": "store --key --json --quiet --debug",
-    "pretrain": "part --recipe --set --output -o --debug",
     "bench": "model --size --batch-size --rank --quantize --steps --checkpointing --compile --json --debug",
 }
 FAILURE = {"stage", "status", "key", "path", "digest", "counts", "seconds", "error"}

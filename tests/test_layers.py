@@ -20,6 +20,7 @@ ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "pipel
 ROOMS = {
     "cli": 0,
     "verb": 1,
+    "outlook": 1.25,
     "inspection": 1.5,
     "pretraining": 1.5,
     "pages": 1.5,
@@ -30,7 +31,6 @@ ROOMS = {
     "dataset": 4,
     "console": 4,
     "stores": 5,
-    "hub": 5,
     "hub": 5,
     "contract": 6,
     "schemas": 7,

@@ -1,8 +1,9 @@
 """How much memory each stage needs, before anything is loaded; and what running out of it looks like.
 
-The estimate of a training step is fitted to MLX's own peak, not compiled, mlx 0.32.4, 2026-11. CUDA: klein 4B and 9B
-in bfloat16 at 512 and 1024 px with and without checkpointing, one H200, within 3 %. CPU: seven small models in
-float32, within 12 %. Metal is not measured: like the CPU it has no fused attention in training. T tokens, D width of
+The estimate of a training step is fitted to MLX's own peak, not compiled, mlx 0.32.4, 2026-11. CUDA: klein 4B in
+bfloat16 at 512 and 1024 px with and without checkpointing, one H200, work handed over as `backend.prepare` has it,
+within 5 %; klein 9B, dev, 8 and 4 bit with MLX's longer queue, within 15 %. CPU: seven small models in float32, within
+12 %. Metal is not measured: like the CPU it has no fused attention in training. T tokens, D width of
 the streams.
 """
 
@@ -33,10 +34,11 @@ from stages.training.step import Trainer
 
 Device = Literal["cpu", "metal", "cuda"]
 Packed = Mapping[str, Format]  # the quantized modules of a model
+Remedy = tuple[dict[str, str], int]  # settings with the values that would fit, as TOML, and the peak they leave
 # Of a number in the type that large matrices are multiplied in.
 ELEMENT_BYTES: dict[Device, int] = {"cpu": 4, "metal": 2, "cuda": 2}
 # Of a number of the largest packed matrix while it is multiplied with. CPU: fitted (unpacking alone takes 14, not
-# always at the peak). CUDA: three matrices in flight, not measured. Metal's kernel unpacks inside.
+# always at the peak). CUDA: three matrices in flight, not measured alone. Metal's kernel unpacks inside.
 UNPACKING_BYTES: dict[Device, int] = {"cpu": 8, "metal": 0, "cuda": 6}
 # Without gradients, fitted to MLX's peaks on the CPU within 10 %; not measured on GPUs. Of a transformer: streams of
 # T x D beside the scores. Of a text encoder: scores, hidden layers of its MLP, and how much more of a packed matrix,
@@ -75,12 +77,12 @@ class Costs:
 
 
 PLAIN: dict[Device, Costs] = {
-    "cuda": Costs(22, 120, 0, 0, 6.25e9),
+    "cuda": Costs(22, 120, 0, 0, 0.5e9),
     "metal": Costs(17.5, 60, 1, 2),
     "cpu": Costs(17.5, 60, 1, 2),
 }
 CHECKPOINTED: dict[Device, Costs] = {
-    "cuda": Costs(1, 180, 0, 0, 6.25e9),
+    "cuda": Costs(1, 180, 0, 0, 0.5e9),
     "metal": Costs(11, 53, 0, 3),
     "cpu": Costs(11, 53, 0, 3),
 }
@@ -221,20 +223,34 @@ def _exceeded(what: str, bytes_: tuple[int, int], fix: str, warn: Callable[[str]
 
 
 def advice(demand: Demand, limit_bytes: int) -> str:
-    """Return the settings that would fit: each one that does by itself, else the fewest together."""
-    fitting: dict[str, str] = {}
+    """Return the settings that would fit, in words."""
+    found, least = remedies(demand, limit_bytes)
+    if not found:
+        return f"take a smaller model, or a machine with {_gigabytes(least)} for it"
+    told = [
+        f"{' and '.join(f'{name} = {value}' for name, value in settings.items())} (about {_gigabytes(need)})"
+        for settings, need in found
+    ]
+    return f"set {' or '.join(told)}"
+
+
+def remedies(demand: Demand, limit_bytes: int) -> tuple[list[Remedy], int]:
+    """Return the settings that would fit: each one that does by itself, else the fewest together; and the least need.
+
+    What costs the result least comes first. Where nothing fits there are none.
+    """
+    fitting: dict[str, Remedy] = {}
     for name, value, changed in _smaller(demand):
         if estimate(changed) <= limit_bytes:
-            fitting.setdefault(name, f"{name} = {value} (about {_gigabytes(estimate(changed))})")
+            fitting.setdefault(name, ({name: value}, estimate(changed)))
     if fitting:
-        return f"set {' or '.join(fitting.values())}"
+        return list(fitting.values()), min(need for _, need in fitting.values())
     taken: dict[str, str] = {}
     while estimate(demand) > limit_bytes and (step := next(_smaller(demand), None)):
         name, value, demand = step
-        taken[name] = f"{name} = {value}"
-    if estimate(demand) > limit_bytes:
-        return f"take a smaller model, or a machine with {_gigabytes(estimate(demand))} for it"
-    return f"set {' and '.join(taken.values())} (about {_gigabytes(estimate(demand))})"
+        taken[name] = value
+    need = estimate(demand)
+    return [(taken, need)] if need <= limit_bytes else [], need
 
 
 def _smaller(demand: Demand) -> Iterator[tuple[str, str, Demand]]:

@@ -14,8 +14,9 @@ from stages.contract.publish import make_folder, no_resources
 from stages.flux2.backend import Backend
 from stages.flux2.identity import model_of
 from stages.flux2.load import transformer_formats
+from stages.flux2.variants import Variant
 from stages.training.data import TrainingData
-from stages.training.memory import Demand, Sizes, device_bytes, require, sizes
+from stages.training.memory import Demand, Device, Packed, Sizes, device_bytes, require, sizes
 
 # Of metrics per step; every checkpoint holds those of all steps before it.
 LINE_BYTES = 160
@@ -33,18 +34,24 @@ def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -
         )
     parts = sizes(variant, settings, backend.compute_dtype)
     require_disk(job, needs(settings, parts, steps_done))
-    demand = Demand(
+    tokens = max(height * width for _, (height, width) in data.buckets)
+    packed = transformer_formats(model, job.config.model.quantize)
+    require(demand_of(variant, settings, backend.device, parts, (tokens, packed)), device_bytes(backend), job.warn)
+
+
+def demand_of(variant: Variant, settings: Train, device: Device, parts: Sizes, held: tuple[int, Packed]) -> Demand:
+    """Return what a step needs; `held` are the tokens of the largest picture and the quantized modules."""
+    return Demand(
         config=variant.transformer,
-        device=backend.device,
+        device=device,
         sizes=parts,
-        tokens=max(height * width for _, (height, width) in data.buckets),
+        tokens=held[0],
         text_tokens=variant.text_encoder.length,
         batch=settings.batch_size,
         rank=settings.rank,
         checkpointing=settings.gradient_checkpointing,
-        packed=transformer_formats(model, job.config.model.quantize),
+        packed=held[1],
     )
-    require(demand, device_bytes(backend), job.warn)
 
 
 def needs(settings: Train, parts: Sizes, steps_done: int) -> tuple[int, int]:
