@@ -1,9 +1,8 @@
-"""The built-in model `flux2-micro`: a whole FLUX.2 in the diffusers layout, made on the spot in under a second.
+"""The built-in model `flux2-micro`: a whole, trained FLUX.2 in the diffusers layout; the package brings its weights.
 
-Everything is real but the size: two kinds of blocks, Qwen3, autoencoder, tokenizer; 6.8 million parameters, 13.7 MB.
-The weights are random (see `micro_draws`), except that the autoencoder carries colours (see `micro_autoencoder`).
-Nothing was trained, so its pictures are soft patches of colour. A LoRA on it learns a data set's colours and rough
-layout: rank 16, batch 4 and learning rate 2e-3 took the loss from 1.7 to 0.94 within 300 steps on twelve pictures.
+Everything is real but the size: two kinds of blocks, Qwen3, autoencoder, tokenizer; 7.8 million parameters, 15.6 MB.
+It draws a small world of coloured shapes as its captions say (`stages/world`), at 96 to 128 px. The weights are what
+`flux2-lora pretrain` left (pipelines/micro), beside the report of that training, which holds their digests.
 """
 
 from __future__ import annotations
@@ -13,37 +12,61 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 
-from stages.flux2.micro_autoencoder import autoencoder_weights
-from stages.flux2.micro_draws import linear, normal
-from stages.flux2.micro_tokenizer import ADDED_TOKENS, tokenizer_json
+from schemas.errors import Damaged
+from stages.contract.digests import sha256_file
+from stages.flux2.micro_tokenizer import ADDED_TOKENS
 from stages.flux2.text.prompts import PROMPT, QWEN3, Control
 from stages.flux2.variants import MICRO, AutoencoderConfig, TextEncoderConfig, TransformerConfig, Variant
-from stages.stores.tensors import Tensor, save
-
-Weights = dict[str, np.ndarray]
-
-# Bump when the bytes change on purpose: caches name the model by its bytes, people by this.
-VERSION = 1
 
 # The files of a trained model that lie side by side, by the part they are of.
 TRANSFORMER, AUTOENCODER, TEXT_ENCODER = "transformer.safetensors", "vae.safetensors", "text_encoder.safetensors"
 TOKENIZER = "tokenizer.json"
 PARTS = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER}
+REPORT = "report.json"
+WEIGHTS = Path(__file__).parent / "micro_weights"
 
 
-def make_micro(folder: Path) -> None:
-    """Write the model's files below `folder`, which must hold none of them: the same bytes every time, everywhere."""
-    write_configs(folder, MICRO)
-    parts = {
-        "transformer": transformer_weights(MICRO.transformer),
-        "vae": autoencoder_weights(MICRO.autoencoder),
-        "text_encoder": text_encoder_weights(MICRO.text_encoder),
-    }
-    for name, weights in parts.items():
-        save(folder / name / weights_file(name), stored(weights), {"format": "pt"})
-    write_json(folder / "tokenizer" / "tokenizer.json", tokenizer_json(MICRO.text_encoder.vocab_size))
+def make_micro(folder: Path, weights: Path = WEIGHTS) -> None:
+    """Write the model's files below `folder`, which must hold none of them: the same bytes every time, everywhere.
+
+    Raises `Damaged` if one of the packed files in `weights` is not what its report says.
+    """
+    digests = packed_digests(weights)
+    for name in (*PARTS.values(), TOKENIZER):
+        found = sha256_file(weights / name) if (weights / name).is_file() else "no file"
+        if found != digests.get(name):
+            raise _damaged(weights / name, f"expected sha256 {digests.get(name)}, found {found}")
+    assemble(weights, MICRO, folder)
+
+
+def packed_digests(weights: Path) -> dict[str, str]:
+    """Return the sha256 of each packed file by its name, as the report beside them says. Raises `Damaged`."""
+    path = weights / REPORT
+    try:
+        report = msgspec.json.decode(path.read_bytes(), type=_Report)
+    except (FileNotFoundError, msgspec.DecodeError) as error:
+        raise _damaged(path, str(error)) from error
+    return {name: file.sha256 for name, file in report.files.items()}
+
+
+class _File(msgspec.Struct):
+    sha256: str
+
+
+class _Report(msgspec.Struct):
+    files: dict[str, _File]
+
+
+def _damaged(path: Path, why: str) -> Damaged:
+    return Damaged(
+        "model.builtin_damaged",
+        "a file of the built-in model is not what was packed",
+        where=str(path),
+        why=why,
+        fix="install flux2-lora again",
+    )
 
 
 def write_configs(folder: Path, variant: Variant) -> None:
@@ -72,98 +95,6 @@ def assemble(parts: Path, variant: Variant, folder: Path) -> None:
 def weights_file(part: str) -> str:
     """Return the name of a part's weights in its folder."""
     return "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-
-
-def transformer_weights(config: TransformerConfig) -> Weights:
-    """Return every tensor of the transformer as float32, in diffusers' names."""
-    width, channels, vector = config.inner_dim, config.in_channels, config.timestep_guidance_channels
-    time, modulation = "time_guidance_embed.timestep_embedder", "stream_modulation"
-    shapes = {
-        "x_embedder": (width, channels, 1.0),
-        "context_embedder": (width, config.joint_attention_dim, 0.5),
-        f"{time}.linear_1": (width, vector, 2.0),
-        f"{time}.linear_2": (width, width, 2.0),
-        f"double_{modulation}_img.linear": (6 * width, width, MODULATION),
-        f"double_{modulation}_txt.linear": (6 * width, width, MODULATION),
-        f"single_{modulation}.linear": (3 * width, width, MODULATION),
-        "norm_out.linear": (2 * width, width, MODULATION),
-        "proj_out": (channels, width, 0.5),
-    }
-    for i in range(config.num_layers):
-        shapes |= _double_block(f"transformer_blocks.{i}", width, config.mlp_dim)
-    for i in range(config.num_single_layers):
-        block = f"single_transformer_blocks.{i}.attn"
-        shapes[f"{block}.to_qkv_mlp_proj"] = (3 * width + 2 * config.mlp_dim, width, 1.0)
-        shapes[f"{block}.to_out"] = (width, width + config.mlp_dim, 0.5)
-    weights = _linears(shapes)
-    blocks = [f"transformer_blocks.{i}.attn.norm_{part}" for i in range(config.num_layers) for part in _DOUBLE_NORMS]
-    blocks += [f"single_transformer_blocks.{i}.attn.norm_{p}" for i in range(config.num_single_layers) for p in "qk"]
-    return weights | {f"{name}.weight": np.ones(config.attention_head_dim, np.float32) for name in blocks}
-
-
-def text_encoder_weights(config: TextEncoderConfig) -> Weights:
-    """Return every tensor of the language model as float32, in Hugging Face's names; the head is the embedding."""
-    hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    embedding = "model.embed_tokens.weight"
-    weights = {embedding: normal(embedding, config.vocab_size, hidden, deviation=1.0)}
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        weights |= _linears(
-            {
-                f"{layer}.self_attn.q_proj": (queries, hidden, 1.0),
-                f"{layer}.self_attn.k_proj": (keys, hidden, 1.0),
-                f"{layer}.self_attn.v_proj": (keys, hidden, 1.0),
-                f"{layer}.self_attn.o_proj": (hidden, queries, 0.5),
-                f"{layer}.mlp.gate_proj": (inner, hidden, 1.0),
-                f"{layer}.mlp.up_proj": (inner, hidden, 1.0),
-                f"{layer}.mlp.down_proj": (hidden, inner, 0.5),
-            }
-        )
-        weights |= {f"{layer}.self_attn.{norm}.weight": np.ones(size, np.float32) for norm in ("q_norm", "k_norm")}
-        weights |= {f"{layer}.{norm}.weight": np.ones(hidden, np.float32) for norm in _LAYER_NORMS}
-    return weights | {"model.norm.weight": np.ones(hidden, np.float32)}
-
-
-# Gain of the modulation: its outputs deviate by about a quarter, enough for a LoRA in a block to reach the picture.
-MODULATION = 0.2
-_DOUBLE_NORMS = ("q", "k", "added_q", "added_k")
-_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def _double_block(name: str, width: int, mlp: int) -> dict[str, tuple[int, int, float]]:
-    projections = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-    shapes = {f"{name}.attn.{part}": (width, width, 1.0) for part in projections}
-    shapes |= {f"{name}.attn.{part}": (width, width, 0.5) for part in ("to_out.0", "to_add_out")}
-    for part in ("ff", "ff_context"):
-        shapes[f"{name}.{part}.linear_in"] = (2 * mlp, width, 1.0)
-        shapes[f"{name}.{part}.linear_out"] = (width, mlp, 0.5)
-    return shapes
-
-
-def _linears(shapes: dict[str, tuple[int, int, float]]) -> Weights:
-    return {
-        f"{name}.weight": linear(f"{name}.weight", outputs, inputs, gain)
-        for name, (outputs, inputs, gain) in shapes.items()
-    }
-
-
-def stored(weights: Weights) -> dict[str, Tensor]:
-    """Return the tensors as they are saved: bfloat16, but batch-norm statistics as they are."""
-    return {
-        name: _statistic(values) if name.startswith("bn.") else Tensor("BF16", _bfloat16_bits(values))
-        for name, values in weights.items()
-    }
-
-
-def _statistic(values: np.ndarray) -> Tensor:
-    return Tensor("I64" if values.dtype == np.int64 else "F32", values)
-
-
-def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
-    """Round float32 to bfloat16, to nearest even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ DEV = TransformerConfig(
     num_layers=8, num_single_layers=48, num_attention_heads=48, joint_attention_dim=15360, guidance_embeds=True
 )
 
-# The tiny real FLUX.2 the project makes itself (stages/flux2/micro.py): everything real but the size.
+# The tiny real FLUX.2 that the package brings (stages/flux2/micro.py): everything real but the size.
 MICRO = Variant(
     name="flux2-micro",
     transformer=TransformerConfig(
@@ -123,12 +123,12 @@ MICRO = Variant(
         num_attention_heads=6,
         joint_attention_dim=192,
         attention_head_dim=32,
-        in_channels=32,
+        in_channels=64,
         axes_dims_rope=(8, 8, 8, 8),
     ),
     text_encoder=TextEncoderConfig("qwen3", 64, 128, 4, 2, 512, 28, head_dim=16, length=64),
     autoencoder=AutoencoderConfig(
-        latent_channels=8, block_out_channels=(32, 48, 64, 64), layers_per_block=1, norm_num_groups=8
+        latent_channels=16, block_out_channels=(32, 48, 80, 96), layers_per_block=1, norm_num_groups=8
     ),
     preview_steps=8,
     preview_guidance=3.0,

@@ -20,24 +20,16 @@ from stages.contract.publish import publish_file, workspace
 from stages.flux2 import names
 from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.folder import ModelFiles
-from stages.flux2.micro import (
-    AUTOENCODER,
-    TEXT_ENCODER,
-    TOKENIZER,
-    TRANSFORMER,
-    stored,
-    text_encoder_weights,
-    write_json,
-)
+from stages.flux2.micro import AUTOENCODER, TEXT_ENCODER, TOKENIZER, TRANSFORMER, write_json
 from stages.flux2.micro_tokenizer import tokenizer_json
 from stages.flux2.names import Piece
 from stages.flux2.transformer import Transformer
 from stages.flux2.variants import MICRO, Variant
 from stages.pretraining.autoencoder import config_of
-from stages.stores.tensors import save
+from stages.pretraining.text_encoder import Weights, text_encoder_weights
+from stages.stores.tensors import Tensor, save
 
 METADATA = {"format": "pt"}
-Weights = dict[str, np.ndarray]
 
 
 def variant_of(recipe: Recipe) -> Variant:
@@ -80,8 +72,26 @@ def save_transformer(folder: Path, transformer: Transformer) -> None:
 
 def _write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     with workspace(path.parent) as space:
-        save(space / path.name, stored(dict(tensors)), METADATA)
+        save(space / path.name, _stored(tensors), METADATA)
         publish_file(space / path.name, path)
+
+
+def _stored(weights: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return the tensors as they are saved: bfloat16, but batch-norm statistics as they are."""
+    return {
+        name: _statistic(values) if name.startswith("bn.") else Tensor("BF16", _bfloat16_bits(values))
+        for name, values in weights.items()
+    }
+
+
+def _statistic(values: np.ndarray) -> Tensor:
+    return Tensor("I64" if values.dtype == np.int64 else "F32", values)
+
+
+def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bfloat16, to nearest even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _canonical(module: nn.Module) -> Weights:

@@ -23,7 +23,7 @@ from stages.contract.digests import sha256_file
 from stages.contract.publish import write_file
 from stages.flux2 import load
 from stages.flux2.autoencoder import Autoencoder
-from stages.flux2.micro import PARTS, TOKENIZER
+from stages.flux2.micro import PARTS, REPORT, TOKENIZER
 from stages.flux2.text.tokenize import Tokenizer
 from stages.flux2.transformer import Transformer
 from stages.pretraining import autoencoder as making
@@ -34,7 +34,7 @@ from stages.pretraining.pools import name_of, planned_steps
 from stages.pretraining.trainer import Draw, Trainer
 from stages.world import scenes
 
-REPORT, RECONSTRUCTIONS, SAMPLES = "report.json", "reconstructions.png", "samples.png"
+RECONSTRUCTIONS, SAMPLES = "reconstructions.png", "samples.png"
 SAVES = 4  # of what is reached, in each training
 LINES = 20  # about the loss, in each training
 STATISTICS_PICTURES = 8192

@@ -92,7 +92,7 @@ def test_checkpointed_blocks_need_less_memory() -> None:
         model.checkpoint = checkpoint
         mx.clear_cache()
         mx.reset_peak_memory()
-        mx.eval(mx.grad(loss)(mx.ones((1, 128, 32))))
+        mx.eval(mx.grad(loss)(mx.ones((1, 128, config.in_channels))))
         return mx.get_peak_memory()
 
     plain, checkpointed = peak_bytes(checkpoint=False), peak_bytes(checkpoint=True)
