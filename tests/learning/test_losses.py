@@ -1,0 +1,55 @@
+"""Losses of healthy trainings lie in bands; a broken training misses a band, the new thing or the base.
+
+The bands hold for the demo with two pictures kept from training; they come from the seeds named here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.bars import Measured
+from tests.learning import breaks
+from tests.learning.conftest import Teach
+from tests.learning.judging import Band, lora_figures, missed_by_lora, outside, said
+from tests.learning.studio import Drawing, Studio
+from tests.learning.training import ENCODING, VALIDATED, demo, trained
+
+SEEDS = (42, 1, 2)
+TRAINING: Band = (0.0, 1.0)
+VALIDATION: Band = (0.0, 1.0)
+NO_PROGRESS = 8  # the exit code of a training that learnt nothing
+
+
+@pytest.mark.full
+@pytest.mark.bar("L3")
+@pytest.mark.parametrize("seed", SEEDS)
+def test_losses_lie_in_their_bands_whatever_the_seed(seed: int, teach: Teach, measured: Measured) -> None:
+    taught = teach((*VALIDATED, f"run.seed={seed}"))
+    said_ = f"training {taught.mean_loss:.4f}, validation {' '.join(f'{loss:.4f}' for loss in taught.validation)}"
+    measured("L3", f"seed {seed}: {said_}")
+    assert not outside(taught, TRAINING, VALIDATION)
+
+
+@pytest.mark.full
+@pytest.mark.bar("L6")
+@pytest.mark.parametrize("name", breaks.TRAINING)
+def test_broken_training_misses_a_bar(
+    name: str, studio: Studio, shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
+    project = demo(tmp_path / "project")
+    with monkeypatch.context() as patch:
+        breaks.TRAINING[name](patch)
+        project.make(*ENCODING)
+        taught = trained(project, VALIDATED)
+    if taught.code == NO_PROGRESS:
+        measured("L6", f"{name}: ended, nothing was learnt")
+        return
+    assert taught.code == 0
+    how = Drawing(lora=taught.lora)
+    new, kept = studio.new_score(shape, 16, how).shape, studio.base_score(16, how)
+    losses = {"training loss": taught.mean_loss, "validation loss": taught.validation[-1]}
+    missed = missed_by_lora(new, kept) | outside(taught, TRAINING, VALIDATION)
+    measured("L6", f"{name}: {said(losses | lora_figures(new, kept))}; missed {', '.join(missed)}")
+    assert missed
