@@ -32,6 +32,7 @@ from stages.console.progress import ChainDisplay, Status
 from stages.contract.artifacts import restore_file
 from stages.contract.config import load_config
 from stages.contract.digests import StatCache, sha256_bytes
+from stages.contract.job import Job
 from stages.contract.publish import write_file
 from stages.contract.runner import STAGES
 from stages.flux2.variants import VARIANTS
@@ -100,6 +101,22 @@ def write_pipeline(path: Path, tables: dict[str, Any]) -> Config:
             )
     write_file(path, (HEADER.format(digest=sha256_bytes(body.encode())) + body).encode())
     return load_config(path)
+
+
+def plan_only(options: dict[str, Any], name: str) -> tuple[Result, int]:
+    """Tell what the pipeline would do, without leaving it anywhere; return that for programs, and the exit code."""
+    import tomli_w
+
+    from stages.outlook.prospect import tell
+
+    started = time.monotonic()
+    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        # As if it lay here: its own folder need not be there yet.
+        file.write(tomli_w.dumps(pipeline(options, name, Path())).encode())
+        file.flush()
+        config = load_config(Path(file.name))
+    job = Job(config, Path(PIPELINE), options["store"], options["runs"], look_only=True, warn=messages.warn)
+    return tell(job, (), started)
 
 
 def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int, Result | None]:
@@ -201,6 +218,7 @@ MODELS = f"One of {', '.join(VARIANTS)}; or a folder; or a hub id."
 @click.option("--validation-size", type=int, default=512, help="Side of the previews in pixels.")
 @click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
 @click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
+@click.option("--plan", is_flag=True, help="Say what it would do and take, then stop.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
@@ -216,6 +234,11 @@ def COMMAND(**options: Any) -> int:
         raise BadConfig(
             "dataset.absent", "no such folder of pictures", where=where, fix="name the folder of pictures"
         )
+    if options["plan"]:
+        planned, code = plan_only(options, name)
+        if options["json"]:
+            messages.result(msgspec.json.encode(planned))
+        return code
     config_path = runs / name / PIPELINE
     config = write_pipeline(config_path, pipeline(options, name, runs / name))
     messages.say(f"{config_path} says everything this run does")

@@ -30,7 +30,7 @@ OPTIONS = {
     "verify": f"{STAGE} --quick --deep --subset --recompute --model file",
     "run": "pictures --model --trigger --output -o --max-steps --save-every-n-steps --resolution --rank "
     "--learning-rate --batch-size --seed --validation-prompt --validation-seed --validation-size "
-    "--store --runs --json --quiet -q --debug",
+    "--store --runs --plan --json --quiet -q --debug",
     "fetch": "model --revision --json --quiet --debug",
     "timesteps": "--config -c --set --runs --draws --json --debug",
     "gc": "--store --runs --older-than --delete --compact --pin --wait --json --quiet --debug",

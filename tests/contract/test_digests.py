@@ -13,7 +13,15 @@ from msgspec import to_builtins
 
 from schemas.train import Train
 from stages.contract import digests
-from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes, sha256_file
+from stages.contract.digests import (
+    StatCache,
+    canonical_json,
+    digest_of,
+    is_unknown,
+    sha256_bytes,
+    sha256_file,
+    unknown,
+)
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4, the one-block example
 
@@ -245,3 +253,27 @@ def test_file_that_ends_before_its_end_has_no_digest(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "open", lambda path, _: io.BufferedReader(Ending(path)))
     with pytest.raises(OSError, match="cannot be read to its end"):
         sha256_file(tmp_path / "part")
+
+
+@pytest.mark.usefixtures("settled")
+def test_look_alone_recalls_what_was_remembered_and_writes_nothing(tmp_path: Path) -> None:
+    path, file = tmp_path / "lookup" / "digests.sqlite", tmp_path / "a"
+    looking = StatCache(path, look_only=True)
+    file.write_bytes(b"a")
+    assert looking.one("what", [file], lambda: "computed") == "computed"
+    assert looking.recalled("what", [file]) is None
+    assert not path.parent.exists()
+    StatCache(path).one("what", [file], lambda: "kept")
+    before = path.read_bytes()
+    assert looking.recalled("what", [file]) == "kept"
+    assert looking.one("what", [file], lambda: "computed") == "kept"
+    assert path.read_bytes() == before
+    path.write_bytes(b"no database")
+    assert looking.recalled("what", [file]) is None
+    assert path.read_bytes() == b"no database"
+
+
+def test_unknown_digest_equals_no_other() -> None:
+    assert unknown("a") != unknown("b")
+    assert is_unknown(unknown("a"))
+    assert not is_unknown(digest_of("a", "a"))

@@ -265,3 +265,15 @@ def test_patterns_that_match_no_picture_are_all_refused(tmp_path: Path) -> None:
             repeats=({"pattern": "A.png", "times": 2}, {"pattern": "*", "times": 2}, {"pattern": "x/*", "times": 2}),
         )
     assert [fault.where for fault in caught.value.faults] == ["A.png", "x/*"]
+
+
+def test_glance_gives_the_same_items_and_only_misses_damage_in_the_pixels(tmp_path: Path) -> None:
+    config = msgspec.convert({"dataset": ".", "trigger": "zorb", "resolutions": (64, 128)}, Validate)
+    whole = build_items(write(tmp_path, GOOD), config, 64, silent)
+    assert build_items(tmp_path, config, 64, silent, glance=True) == whole
+    data = png()
+    write(tmp_path, {"a.png": data[:200] + bytes(20) + data[220:]})
+    assert [fault.where for fault in build_items(tmp_path, config, 64, silent).faults] == ["a.png"]
+    glanced = build_items(tmp_path, config, 64, silent, glance=True)
+    assert glanced.faults == []
+    assert len(glanced.items) == len(whole.items)

@@ -7,14 +7,22 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from stages.contract.config import load_config
+from stages.contract.job import Job
+from stages.flux2.backend import Backend
+from stages.flux2.variants import VARIANTS
 from stages.inspection.lineage import MAKERS
-from stages.outlook.needs import ARTIFACT_BYTES
+from stages.outlook.chain import look_ahead
+from stages.outlook.needs import ARTIFACT_BYTES, Needs
 from stages.training import memory
-from tests.stages.project import Project, Ran, draw, listing, new_project, stop_after
+from tests.stages.project import Project, Ran, command, draw, listing, new_project, stop_after
+from tests.training.test_memory import MEASURED
 
 HUB = 'model.source="black-forest-labs/FLUX.2-klein-base-4B"'
 
@@ -163,7 +171,7 @@ def test_stage_that_cannot_fit_ends_the_plan_with_settings_that_do(
 
 
 def test_full_disk_ends_the_plan(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.outlook.needs.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("stages.outlook.prospect.free_bytes", lambda _: 1000)
     ran = plan(project, sets=("train.steps=40",))
     assert (ran.code, ran.error) == (7, "disk.full")
 
@@ -205,3 +213,36 @@ def test_setting_of_no_model_is_refused_as_every_stage_would(project: Project) -
     assert (ran := plan(project, sets=("model.source='nobody'",))).code == 2, ran.stderr
     shutil.rmtree(project.pictures)
     assert plan(project).code == 2
+
+
+@pytest.mark.parametrize(("model", "size_px", "checkpointing", "gigabytes"), MEASURED)
+def test_peak_of_training_is_that_measured_on_a_gpu(
+    project: Project, model: str, size_px: int, gigabytes: float, *, checkpointing: bool
+) -> None:
+    settings = [
+        f'model.source="{VARIANTS[model].hub_id}"',
+        f"validate.resolutions=[{size_px}]",
+        "validate.upscale=true",
+        f"train={{rank=16, gradient_checkpointing={str(checkpointing).lower()}}}",
+        "preview.prompts=[]",
+    ]
+    job = Job(
+        load_config(project.config, settings), project.config, project.store, project.root / "runs", look_only=True
+    )
+    with TemporaryDirectory() as aside:
+        ahead = look_ahead(job, Path(aside))
+        need = Needs(job, ahead, Backend("cuda", mx.bfloat16), int(140e9)).of("train")
+    assert need.peak_bytes == pytest.approx(gigabytes * 1e9, rel=0.15)
+    assert need.fits
+
+
+def test_run_shows_its_plan_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = new_project(tmp_path / "project")
+    monkeypatch.chdir(project.root)
+    before = listing(project.root)
+    arguments = ("run", "pictures", "--model", "flux2-micro", "--trigger", "zorb", "--resolution", "32")
+    ran = command(*arguments, "--max-steps", "6", "--validation-prompt", "a red one", "--plan", "--json")
+    assert ran.code == 0, ran.stderr
+    assert listing(project.root) == before
+    assert foreseen(ran)["train"] == {"steps": 6, "resumed_from": 0}
+    assert foreseen(ran)["encode-text"] == {"total": 6, "encoded": 6, "reused": 0}

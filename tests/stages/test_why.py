@@ -167,3 +167,11 @@ def test_unknown_stage_is_refused_with_those_there_are(project: Project) -> None
     ran = project.run("why", "verify")
     assert ran.code == 2
     assert "encode-latents" in ran.stderr
+
+
+def test_raised_format_of_the_store_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("contract.artifacts", "outlook.changes"):
+        monkeypatch.setattr(f"stages.{module}.CONTRACT_VERSION", 2)
+    ran = why(project)
+    for stage in MAKERS:
+        assert roots(ran, stage) == {("the store's format", "another", "2")}
