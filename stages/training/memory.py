@@ -2,9 +2,9 @@
 
 The estimate of a training step is fitted to MLX's own peak, not compiled, mlx 0.32.4, 2026-11. CUDA: klein 4B in
 bfloat16 at 512 and 1024 px with and without checkpointing, one H200, work handed over as `backend.prepare` has it,
-within 5 %; klein 9B, dev, 8 and 4 bit with MLX's longer queue, within 15 %. CPU: seven small models in float32, within
-12 %. Metal is not measured: like the CPU it has no fused attention in training. T tokens, D width of
-the streams.
+within 5 %; klein 9B, dev, 8 and 4 bit with MLX's longer queue, within 15 %. CPU: seven small models in float32,
+within 12 %. Metal is not measured: like the CPU it has no fused attention in training. T tokens, D width of the
+streams.
 """
 
 from __future__ import annotations
