@@ -18,7 +18,7 @@ COMMA := ,
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := all
-.PHONY: all demo install test faults check clean
+.PHONY: all demo install test faults learn check clean
 
 include pipelines/rules.mk
 
@@ -42,6 +42,10 @@ test: $(VENV)/installed-dev
 # Every fault, not the samples of `make test`; ends with a table of what must hold and what was measured.
 faults: $(VENV)/installed-dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --full --numprocesses auto
+
+# What a LoRA learns, in figures: all pictures, variations and broken trainings. Half an hour on two cores at most.
+learn: $(VENV)/installed-dev
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/learning --full --numprocesses 2 --dist load
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

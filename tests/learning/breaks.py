@@ -153,6 +153,7 @@ TRAINING: dict[str, Break] = {
     "latents not whitened": whitening_not_done,
     "B never updated": up_matrices_never_updated,
 }
+ENCODING = ("latents not whitened",)  # of these, what breaks before training
 NUMERIC: dict[str, Break] = {
     "block modulation swapped": block_modulation_swapped,
     "gate halves swapped": gate_halves_swapped,

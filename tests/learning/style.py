@@ -38,7 +38,7 @@ def write_pictures(folder: Path, count: int, size: int, word: str) -> None:
 
 
 def shows(picture: np.ndarray, ground: int) -> bool:
-    """Whether the frame of a picture [H, W, 3] uint8 turns from the ground's colour to its shade, corner to corner."""
+    """Whether a picture's frame [H, W, 3] uint8 turns from the ground's colour to its shade, corner to corner."""
     colour, shade = palette()[ground]
     height, width = picture.shape[:2]
     y, x = np.mgrid[0:height, 0:width]

@@ -14,11 +14,13 @@ from tests.learning import breaks
 from tests.learning.conftest import Teach
 from tests.learning.judging import Band, lora_figures, missed_by_lora, outside, said
 from tests.learning.studio import Drawing, Studio
-from tests.learning.training import ENCODING, VALIDATED, demo, trained
+from tests.learning.training import ENCODING, VALIDATED, Trained, demo, trained
+from tests.stages.project import Project
 
 SEEDS = (42, 1, 2)
 TRAINING: Band = (0.0, 1.0)
 VALIDATION: Band = (0.0, 1.0)
+START: Band = (0.0, 1.0)  # of the validation loss before the first step
 NO_PROGRESS = 8  # the exit code of a training that learnt nothing
 
 
@@ -30,6 +32,33 @@ def test_losses_lie_in_their_bands_whatever_the_seed(seed: int, teach: Teach, me
     said_ = f"training {taught.mean_loss:.4f}, validation {' '.join(f'{loss:.4f}' for loss in taught.validation)}"
     measured("L3", f"seed {seed}: {said_}")
     assert not outside(taught, TRAINING, VALIDATION)
+
+
+def begun(project: Project) -> Trained:
+    """Train one step, after a look at the held-out pictures."""
+    return trained(project, (*VALIDATED, "train.steps=1"))
+
+
+@pytest.mark.bar("L3")
+def test_bare_model_starts_in_its_band(encoded: Project, tmp_path: Path, measured: Measured) -> None:
+    [start] = begun(encoded.copy(tmp_path / "project")).validation
+    measured("L3", f"validation loss of the bare model {start:.4f}")
+    assert START[0] <= start <= START[1]
+
+
+@pytest.mark.bar("L6")
+@pytest.mark.parametrize("name", breaks.TRAINING)
+def test_broken_training_shows_at_once(
+    name: str, encoded: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
+    project = encoded.copy(tmp_path / "project")
+    breaks.TRAINING[name](monkeypatch)
+    if name in breaks.ENCODING:
+        assert project.run("encode-latents", "--force").code == 0
+    taught = begun(project)
+    [start] = taught.validation
+    measured("L6", f"{name}: validation loss of the bare model {start:.3f}, exit code {taught.code}")
+    assert taught.code == NO_PROGRESS or not START[0] <= start <= START[1]
 
 
 @pytest.mark.full

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from stages.world.outlines import BASE
+from stages.world.render import render, to_bytes
+from stages.world.scenes import DOTTED, GRADIENT, PLAIN, STRIPED, draw_things, scenes_of
 from tests.bars import Measured
 from tests.learning import style
 from tests.learning.conftest import Teach
@@ -14,7 +18,6 @@ from tests.learning.judging import lora_figures, missed_by_lora, said
 from tests.learning.studio import SIZE, WORD, Drawing, Studio
 from tests.learning.training import ENCODING, Sets, demo, trained
 
-pytestmark = [pytest.mark.full, pytest.mark.bar("L4")]
 SEEDS = 32
 STYLE = 'validate.dataset="style"'
 
@@ -39,6 +42,8 @@ VARIATIONS = {
 }
 
 
+@pytest.mark.full
+@pytest.mark.bar("L4")
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_variation_teaches_the_word_and_keeps_the_rest(
     name: str, studio: Studio, teach: Teach, shape: str, measured: Measured
@@ -54,6 +59,17 @@ def test_variation_teaches_the_word_and_keeps_the_rest(
     assert not any(missed)
 
 
+def test_style_is_told_from_every_texture_of_the_world() -> None:
+    things = draw_things(np.random.default_rng(3), 24)
+    for texture in (PLAIN, STRIPED, DOTTED, GRADIENT):
+        scenes = scenes_of(things._replace(texture=np.full(24, texture)), BASE, np.random.default_rng(4))
+        pictures = np.array(to_bytes(render(scenes, SIZE, SIZE)))
+        found = [style.shows(*each) for each in zip(pictures, things.ground, strict=True)]
+        assert found == [texture == GRADIENT] * 24
+
+
+@pytest.mark.full
+@pytest.mark.bar("L4")
 def test_style_is_taught_and_the_rest_kept(studio: Studio, tmp_path: Path, measured: Measured) -> None:
     project = demo(tmp_path / "project")
     style.write_pictures(project.root / "style", 12, SIZE, WORD)
