@@ -12,7 +12,6 @@ COMPARISON = "compare.html"
 TENSORBOARD = "tensorboard"
 TRAJECTORY = "trajectory.json"
 MODEL = "model.json"
-MODEL = "model.json"
 LATEST_PREVIEW = "preview_latest.png"
 # Only while a training is under way.
 CONTROL_LOCK = ".control.lock"

@@ -99,24 +99,3 @@ def share(path: Path, waiting: Callable[[str], None]) -> Generator[None]:
             waiting(f"waiting for {file.read().decode('utf-8', 'replace').strip() or 'another process'}")
             _take(file, fcntl.LOCK_SH, path)
         yield
-
-
-@contextlib.contextmanager
-def share(path: Path, waiting: Callable[[str], None]) -> Generator[None]:
-    """Hold the lock at `path` together with all who share it; while they do, nobody can `hold` it.
-
-    Where its file cannot be made nobody can take anything away either, so there is nothing to wait for.
-    """
-    try:
-        if not path.exists():
-            make_folder(path.parent)
-            path.touch()
-        file = path.open("rb", buffering=0)
-    except OSError:
-        yield
-        return
-    with file:
-        if not _take(file, fcntl.LOCK_SH | fcntl.LOCK_NB, path):
-            waiting(f"waiting for {file.read().decode('utf-8', 'replace').strip() or 'another process'}")
-            _take(file, fcntl.LOCK_SH, path)
-        yield
