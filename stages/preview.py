@@ -11,6 +11,7 @@ import msgspec
 
 from schemas import results
 from schemas.manifest import Manifest
+from schemas.rotation import Rotation
 from stages.contract.artifacts import Built, Plan, holder, keyed, restore_file
 from stages.contract.digests import digest_of, is_unknown, unknown
 from stages.contract.job import Job
@@ -112,7 +113,7 @@ class Preview:
         painter = Painter(job.stores, scene, transformer=_undrawn, decoder=_undrawn)
         shown, drawn = _steps_to_come(job, known)
         images = len(shown) * len(scene.prompts)
-        missing = _missing(painter, [shot for shot in known if shot.step not in drawn])
+        missing = _missing(painter, [shot for shot in known if shot.step in shown - drawn])
         # One of a step not trained yet: as many as there are different prompts.
         missing += len(set(scene.keys(NOT_YET))) * len(shown - drawn - {shot.step for shot in known})
         return Built(roles={"pictures": unknown("pictures")}, counts=_counts(images, missing))
@@ -166,7 +167,23 @@ def _steps_to_come(job: Job, known: Sequence[Shot]) -> tuple[set[int], set[int]]
     coming = {*range(train.checkpoint_every, train.steps, train.checkpoint_every), train.steps}
     coming = {step for step in coming if step > start}
     draws = settings.during_training and settings.distilled is None
-    return {shot.step for shot in known} | coming, {0, *coming} if draws else set()
+    saved = {shot.step for shot in known if shot.path is not None} | coming
+    return {0, *_staying(train.rotation, saved)}, {0, *coming} if draws else set()
+
+
+def _staying(rotation: Rotation | None, saved: set[int]) -> set[int]:
+    """Return the steps of `saved` whose checkpoints a rotation leaves, at most: sizes and losses are to come."""
+    from stages.training.rotation import Saved, plan_rotation
+
+    if rotation is None:
+        return saved
+    staying: set[int] = set()
+    for step in sorted(saved):
+        staying.add(step)
+        staying -= {*plan_rotation(rotation, [Saved(each, 0, 0.0) for each in staying], step)}
+    # The best may be any of those that are not kept for another reason.
+    best = sorted(saved - staying)[:1] if rotation.keep_best else []
+    return {*staying, *best}
 
 
 def _undrawn() -> Never:

@@ -259,7 +259,9 @@ def whole(stage: str, job: Job, key: str) -> tuple[Manifest, Path] | None:
     except Damaged as error:
         job.warn(f"{error.faults[0].line()} (making it again)")
         return None
-    if damaged := damaged_files(manifest, folder, job.stores, job.digests):
+    # Of another's store, where it is only looked at, the fragments lie there too.
+    stores = (*job.stores, folder.parent.parent)
+    if damaged := damaged_files(manifest, folder, stores, job.digests):
         job.warn(f"{stage}: {len(damaged)} files are missing or damaged, first {damaged[0]}; making them again")
         return None
     return manifest, folder

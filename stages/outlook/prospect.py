@@ -143,7 +143,7 @@ def _notes(job: Job, ahead: Ahead, rows: Sequence[Row], limit_bytes: int | None,
     if any(row.stage == "train" and row.seconds is None for row in rows):
         yield "nothing like this training was measured here: flux2-lora bench tells, saved with --json for --bench"
     if job.config.train.rotation is not None and rows[-1].to_do:
-        yield "train.rotation deletes checkpoints: preview will show those that stay"
+        yield "train.rotation deletes checkpoints: which of them stay, and so the pictures, is told at most"
 
 
 def _advice(need: Need) -> str:

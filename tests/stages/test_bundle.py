@@ -20,7 +20,7 @@ from stages.contract.artifacts import _self_digest, _written, read_manifest, rec
 from stages.contract.bundles import opened, parse
 from stages.contract.digests import canonical_json, sha256_bytes
 from stages.contract.trust import distrusted
-from tests.stages.project import Project, Ran, contents, draw, edit, new_project
+from tests.stages.project import Project, Ran, contents, draw, edit, listing, new_project
 from tests.test_command_line import process
 
 SSH = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="signatures are made by ssh-keygen")
@@ -310,6 +310,10 @@ def test_signed_artifacts_of_others_are_copied_and_unsigned_ones_refused(untrain
     assert [ran.error for ran in also(mine, theirs, *trust)] == ["trust.unsigned"] * 3
     code, said = command("sign", theirs, "--key", ada, cwd=tmp_path)
     assert (code, "signed 3 artifacts" in said) == (0, True)
+    before = listing(mine.root)
+    seen = mine.run("why", "encode-text", "--also", str(theirs), *trust)
+    assert [each["status"] for each in seen.result["about"]["stages"]] == ["up to date"]
+    assert listing(mine.root) == before
     ran = also(mine, theirs, *trust)
     assert [each.status for each in ran] == ["up to date"] * 3
     assert all("signed by ada" in each.stderr for each in ran)

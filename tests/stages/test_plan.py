@@ -76,6 +76,10 @@ def test_finished_run_has_nothing_to_do(project: Project) -> None:
         ("encode_latents.flip=true", "encode_text.dtype='float32'"),
         ("validate.resolutions=[32, 48]", "train.checkpoint_every=3"),
         ("train.ema.decay=0.9", "preview.ema=true"),
+        ("train.rotation={keep_last=1, keep_best=false}", "train.steps=9"),
+        ("train.rotation={keep_every=4, keep_best=false}", "train.steps=9", "preview.during_training=false"),
+        ("train.steps=2",),
+        ("validate.masks='alpha'", "train.mask={}", "train.preservation={kind='output', class_word='cat'}"),
     ],
 )
 def test_counts_foreseen_after_a_change_are_those_of_the_run(project: Project, sets: tuple[str, ...]) -> None:
