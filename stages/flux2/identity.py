@@ -170,6 +170,8 @@ def _remembered(job: Job, part: str, files: Sequence[Path], model: ModelFiles) -
     # The variant, because it says how many layers of a file are in use.
     names = " ".join(str(path.absolute()) for path in files)
     what = f"{part} {names} {model.variant}"
-    if job.look_only and (not files or sum(path.stat().st_size for path in files) > MOST_LOOKED_BYTES):
+    if job.look_only and not files:
+        return unknown(part)
+    if job.look_only and sum(path.stat().st_size for path in files) > MOST_LOOKED_BYTES:
         return job.digests.recalled(what, files) or unknown(part)
     return job.digests.one(what, files, compute)
