@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -43,4 +43,5 @@ def teach(encoded: Project, tmp_path_factory: pytest.TempPathFactory) -> Teach:
 @pytest.fixture(scope="session")
 def shape(encoded: Project) -> str:
     """The shape that the demo's new word means."""
-    return commonest_shape(Path(encoded.root / "demo"))
+    settings = tomllib.loads(encoded.config.read_text())
+    return commonest_shape(encoded.root / settings["validate"]["dataset"])

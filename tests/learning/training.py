@@ -38,9 +38,7 @@ class Trained:
 
 def demo(root: Path) -> Project:
     """Return the demo in a folder of its own, with nothing made yet."""
-    root.mkdir(parents=True)
-    shutil.copytree(PIPELINES / "demo", root / "demo")
-    shutil.copyfile(PIPELINES / "demo.toml", root / "demo.toml")
+    shutil.copytree(PIPELINES, root)
     return Project(root, "demo")
 
 
