@@ -187,7 +187,8 @@ def grid(
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Sequence[str]) -> Image.Image:
     """Return rows of small pictures, each row under its title; `labels` name the columns.
 
-    Pictures are RGB, uint8 [H, W, 3]; they are shown with sides of at most 256 pixels.
+    Pictures are RGB, uint8 [H, W, 3]; the longer side is shown with 256 pixels or fewer. Small ones are enlarged by a
+    whole number, so that every pixel stays a square.
     """
     from PIL import Image, ImageDraw
 
@@ -209,7 +210,12 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Sequ
 
 
 def _small(picture: np.ndarray) -> Image.Image:
+    from PIL import Image
+
     image = _image(picture)
+    times = SMALL_PX // max(image.size)
+    if times > 1:
+        return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
     image.thumbnail((SMALL_PX, SMALL_PX))
     return image
 

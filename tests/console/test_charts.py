@@ -141,6 +141,16 @@ def test_contact_sheet_puts_titles_over_rows_of_small_pictures():
     assert ink(sheet)[:24].any()
 
 
+@pytest.mark.parametrize(("side", "times"), [(256, 1), (160, 1), (128, 2), (96, 2), (64, 4)])
+def test_contact_sheet_enlarges_small_pictures_by_a_whole_number(side: int, times: int):
+    small = np.random.default_rng(0).integers(1, 250, (side // 2, side, 3), np.uint8)
+    sheet = contact_sheet([("a red cat", [small])], ["step 0"])
+    shown = np.repeat(np.repeat(small, times, axis=0), times, axis=1)
+    middle = (sheet.width - shown.shape[1]) // 2
+    column = np.asarray(sheet)[:, middle : middle + shown.shape[1]]
+    assert any(np.array_equal(column[top : top + len(shown)], shown) for top in range(len(column) - len(shown)))
+
+
 @pytest.mark.parametrize(("pictures", "labels"), [([], []), ([picture(8, 8)], [])])
 def test_pictures_and_labels_come_in_pairs(pictures, labels):
     with pytest.raises(ValueError, match="labels"):
