@@ -143,7 +143,6 @@ DRAWING: dict[str, Break] = {
     "times a thousand times too large": partial(times_scaled, factor=1e3),
     "times reversed": times_reversed,
     "whitening not undone": whitening_not_undone,
-    "text layers reversed": text_layers_reversed,
     "no template": no_template,
 }
 TRAINING: dict[str, Break] = {
@@ -155,6 +154,8 @@ TRAINING: dict[str, Break] = {
 }
 ENCODING = ("latents not whitened",)  # of these, what breaks before training
 NUMERIC: dict[str, Break] = {
+    # Its text encoder is random, so neighbouring layers are alike: 16 of 16 prompts were still followed.
+    "text layers reversed": text_layers_reversed,
     "block modulation swapped": block_modulation_swapped,
     "gate halves swapped": gate_halves_swapped,
     "rope base 10000": rope_base_of_others,
