@@ -17,6 +17,7 @@ from schemas.errors import Damaged, Fault
 from schemas.manifest import Manifest
 from stages.contract.artifacts import read_manifest, read_receipt
 from stages.contract.publish import TEMPORARY
+from stages.flux2.prequantized import PARTS, kind
 from stages.inspection.files import is_litter
 from stages.inspection.lineage import MAKERS
 from stages.training.checkpoints import FOLDER, trajectory_of
@@ -25,6 +26,7 @@ PINS = "pins"
 DAY_SECONDS = 86_400
 # What this program makes in a store and can make again. Anything else is somebody's, and stays.
 FRAGMENT_KINDS = ("latents", "embeddings", "previews")
+PACKED = tuple(kind(part) for part in PARTS)
 
 
 class _Note(msgspec.Struct):
@@ -43,12 +45,16 @@ class Thing:
 
 @dataclass
 class Reach:
-    """What runs use of a store: artifacts by folder, fragments by path below the store, trajectories."""
+    """What runs use of a store: artifacts by folder, fragments by path below the store, trajectories.
+
+    `weights` are the parts of models, with the digest of their tensors and how they are held.
+    """
 
     runs: list[str] = field(default_factory=list[str])
     artifacts: dict[Path, Manifest] = field(default_factory=dict[Path, Manifest])
     fragments: set[str] = field(default_factory=set[str])
     trajectories: set[str] = field(default_factory=set[str])
+    weights: set[tuple[str, str, str]] = field(default_factory=set[tuple[str, str, str]])
 
 
 def reached(store: Path, runs: Sequence[Path]) -> Reach:
@@ -92,6 +98,7 @@ def _add_run(reach: Reach, store: Path, folder: Path) -> None:
             manifest = read_manifest(artifact)
             reach.artifacts[artifact] = manifest
             reach.fragments |= {_whole_fragment(name) for name in manifest.fragments}
+            reach.weights |= _weights(manifest)
             if stage == "train":
                 reach.trajectories.add(trajectory_of(manifest.params, manifest.inputs))
     note = folder / results.TRAJECTORY
@@ -102,6 +109,12 @@ def _add_run(reach: Reach, store: Path, folder: Path) -> None:
             what = "a training's note that cannot be read: its checkpoints are not known"
             fix = "run train again, or remove the file"
             raise Damaged("gc.note", what, where=str(note), fix=fix) from error
+
+
+def _weights(manifest: Manifest) -> set[tuple[str, str, str]]:
+    """Return the parts of a model that an artifact was made with: part, digest, how they are held."""
+    held = str(manifest.params.get("quantize", "none"))
+    return {(part, manifest.inputs[part], held) for part in PARTS if part in manifest.inputs}
 
 
 def _whole_fragment(name: str) -> str:
@@ -125,8 +138,10 @@ def _things(store: Path) -> Iterator[Thing]:
 
     for stage in MAKERS:
         yield from (_thing(stage, path) for path in _below(store / stage))
-    for kind in FRAGMENT_KINDS:
-        yield from (_thing(f"{ROOT}/{kind}", path) for path in _below(store / ROOT / kind))
+    for name in FRAGMENT_KINDS:
+        yield from (_thing(f"{ROOT}/{name}", path) for path in _below(store / ROOT / name))
+    for part in PARTS:
+        yield from (_thing(kind(part), path) for path in _below(store / kind(part)))
     yield from (_thing(FOLDER, path) for path in _below(store / FOLDER))
     yield from (_thing("work left behind", path) for path in _below(store / TEMPORARY) if is_litter(path))
 
@@ -135,6 +150,8 @@ def _is_reached(store: Path, reach: Reach, thing: Thing) -> bool:
     name = thing.path.relative_to(store).as_posix()
     if thing.kind == FOLDER:
         return thing.path.name in reach.trajectories
+    if thing.kind in PACKED:
+        return _weights(read_manifest(thing.path)) <= reach.weights
     return thing.path in reach.artifacts or name in reach.fragments
 
 

@@ -138,6 +138,18 @@ def test_run_that_cannot_be_read_stops_everything(moved_on: Project, name: str, 
     assert listing(moved_on.store / "train") == before
 
 
+def test_packed_weights_stay_as_long_as_a_run_holds_its_model_so(project: Project) -> None:
+    packed, plain = ("model.quantize=8bit",), ("model.quantize=none",)
+    project.make("quantize", "train", sets=packed)
+    aged(project)
+    assert "quantized-transformer" not in kinds(gc(project)[1])
+    project.make("train", sets=plain)
+    aged(project)
+    assert kinds(gc(project)[1])["quantized-transformer"] == 1
+    gc(project, "--delete")
+    assert not list((project.store / "quantized-transformer").iterdir())
+
+
 def test_no_run_at_all_is_no_reason_to_delete_everything(moved_on: Project) -> None:
     code, result, _ = gc(moved_on, "--delete", runs=("nowhere",))
     assert (code, result["error"]["code"]) == (2, "gc.no_runs")
