@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import stat
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from schemas.errors import Damaged, Untrusted
@@ -26,18 +27,21 @@ def check_files(inspection: Inspection, stage: str, artifact: Artifact) -> None:
     for name, entry in manifest.files.items():
         inspection.file(folder / name, entry, f"{stage}/{folder.name}/{name}", fix)
         _place(inspection, folder / name, store)
+    fragments: defaultdict[Path, set[Path]] = defaultdict(set)
     for name, entry in manifest.fragments.items():
         store = holder(name, job.stores)
-        inspection.file(store / name, entry, name, fix)
-        _place(inspection, store / name, store)
-    listed = {folder / name for name in (*manifest.files, MANIFEST)}
-    _unlisted(inspection, folder, listed)
-    fragments = {holder(name, job.stores) / name for name in manifest.fragments}
-    for inner in {path.parent for path in fragments if len(path.parent.name) == 64}:
-        _unlisted(inspection, inner, fragments)
+        path = store / name
+        inspection.file(path, entry, name, fix)
+        _place(inspection, path, store)
+        fragments[path.parent].add(path)
+    unlisted(inspection, folder, {folder / name for name in (*manifest.files, MANIFEST)})
+    for inner, listed in fragments.items():
+        if len(inner.name) == 64:
+            unlisted(inspection, inner, listed)
 
 
-def _unlisted(inspection: Inspection, folder: Path, listed: set[Path]) -> None:
+def unlisted(inspection: Inspection, folder: Path, listed: set[Path]) -> None:
+    """Check that a folder holds no file but those listed."""
     folders = {parent for path in listed for parent in path.parents}
     for path in sorted(folder.rglob("*")):
         if path not in listed and path not in folders:

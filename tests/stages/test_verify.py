@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from stages.inspection import files
+from stages.inspection.findings import Inspection
 from stages.stores.tensors import Tensor, load, save
 from tests.stages.project import Project, draw, flip, listing, stop_after, truncate
 
@@ -63,6 +65,24 @@ def test_quick_says_what_it_left_out(project: Project) -> None:
     report = msgspec.json.decode((project.results / "verify.json").read_bytes())
     assert report["depth"] == "quick"
     assert sum("--quick" in each for each in report["not_checked"]) == 4
+
+
+def test_folder_of_a_fragment_is_compared_with_its_own_files_alone(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With those of all fragments it would take the square of their number."""
+    project.make("validate", "encode-latents", sets=("validate.resolutions=[32, 48]", "encode_latents.flip=true"))
+    compare, compared = files.unlisted, dict[Path, int]()
+
+    def counted(inspection: Inspection, folder: Path, listed: set[Path]) -> None:
+        compared[folder] = len(listed)
+        compare(inspection, folder, listed)
+
+    monkeypatch.setattr(files, "unlisted", counted)
+    project.run("verify", "--quick")
+    latents = [count for folder, count in compared.items() if folder.parent.name == "latents"]
+    assert len(latents) > 1
+    assert set(latents) == {2}
 
 
 PLACES = {
