@@ -16,7 +16,7 @@ from stages.contract.artifacts import Built, Plan, keyed
 from stages.contract.digests import digest_of
 from stages.contract.job import Job
 from stages.dataset.pixels import PLAN_VERSION
-from stages.dataset.stand_in import contents, require_pictures
+from stages.dataset.stand_in import folder_digest, require_pictures
 from stages.dataset.statistics import Spread, Statistics
 from stages.flux2.identity import text_length
 
@@ -39,12 +39,15 @@ class Validate:
         settings.pop("class_dataset", None)
         settings["text_length"] = text_length(job)
         settings["plan_version"] = PLAN_VERSION
-        inputs = {"folder": _folder_digest(job, job.dataset, masks=job.config.validate.masks == "files")}
+        masks = job.config.validate.masks == "files"
+        inputs = {"folder": folder_digest(job.dataset, job.digests, masks=masks)}
         folder = class_folder(job)
         if folder is not None:
             # Where it lies decides the paths in the table.
             beside = os.path.relpath(folder.resolve(), job.dataset.resolve())
-            inputs["class_folder"] = digest_of("class-folder", [beside, _folder_digest(job, folder, masks=False)])
+            inputs["class_folder"] = digest_of(
+                "class-folder", [beside, folder_digest(folder, job.digests, masks=False)]
+            )
         return Plan(settings, inputs)
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
@@ -159,11 +162,6 @@ def class_folder(job: Job) -> Path | None:
         return folder
     fix = f"correct validate.class_dataset in {job.config_path} (it is relative to that file)"
     raise BadConfig("dataset.class_folder", what, where=str(folder), fix=fix)
-
-
-def _folder_digest(job: Job, folder: Path, *, masks: bool) -> str:
-    """Digest the path and content of every file that counts."""
-    return digest_of("folder", contents(folder, job.digests, masks=masks).files)
 
 
 def _write_tables(work: Path, dataset: Dataset) -> None:

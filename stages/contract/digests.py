@@ -12,14 +12,19 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from os import fstat, stat_result
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 CHUNK_BYTES = 1 << 20
 # A file modified this close to being hashed may change again without its times showing it.
 RACY_NS = 2_000_000_000
+
+# Rows asked for together; SQLite takes at least 999 parameters.
+ROWS_TOGETHER = 500
 
 Row = tuple[str, str, str, str]
 COLUMNS = "what TEXT PRIMARY KEY, stat TEXT, value TEXT, seal TEXT"
@@ -67,6 +72,13 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+class State(NamedTuple):
+    """What files look like from outside: equal `text`, equal bytes; `youngest_ns` is the last of all their times."""
+
+    text: str
+    youngest_ns: int
+
+
 class StatCache:
     """Remembers what was computed from files, for as long as their stat stays the same.
 
@@ -86,9 +98,7 @@ class StatCache:
 
     def files(self, paths: Sequence[Path]) -> list[str]:
         """Return the sha256 of each file, reading only those whose stat changed."""
-        return self.many(
-            [(f"sha256 {path.absolute()}", [path], lambda path=path: sha256_file(path)) for path in paths]
-        )
+        return self.many([(f"sha256 {path.absolute()}", [path], partial(sha256_file, path)) for path in paths])
 
     def one(self, what: str, paths: Sequence[Path], compute: Callable[[], str]) -> str:
         """Return `compute()`, remembered under `what` until one of `paths` changes."""
@@ -96,33 +106,45 @@ class StatCache:
 
     def recalled(self, what: str, paths: Sequence[Path]) -> str | None:
         """Return what is remembered under `what`; None where it would have to be computed."""
-        return None if self._paranoid else self._recall([what]).get((what, _stats(paths)))
+        return None if self._paranoid else self._recall([what]).get((what, _state(paths).text))
 
     def many(self, asked: Sequence[tuple[str, Sequence[Path], Callable[[], str]]]) -> list[str]:
         """Return the value of each (what, paths, compute), in order."""
+        return self._values([(what, partial(_state, paths), compute) for what, paths, compute in asked])
+
+    def looked(self, what: str, look: Callable[[], State], compute: Callable[[], str]) -> str:
+        """Return `compute()`, remembered under `what` until `look()` says something else."""
+        return self._values([(what, look, compute)])[0]
+
+    def _values(self, asked: Sequence[tuple[str, Callable[[], State], Callable[[], str]]]) -> list[str]:
         known = {} if self._paranoid else self._recall([what for what, _, _ in asked])
         values: list[str] = []
         fresh: list[tuple[str, str, str]] = []
-        for what, paths, compute in asked:
-            stats = _stats(paths)
-            if (what, stats) in known:
-                values.append(known[what, stats])
+        for what, look, compute in asked:
+            state = look()
+            if (what, state.text) in known:
+                values.append(known[what, state.text])
                 continue
             started_ns = time.time_ns()
             values.append(compute())
             # Unchanged while it was read, and old enough that a later edit must move its times.
-            if _stats(paths) == stats and _youngest_ns(paths) < started_ns - RACY_NS:
-                fresh.append((what, stats, values[-1]))
+            if look() == state and state.youngest_ns < started_ns - RACY_NS:
+                fresh.append((what, state.text, values[-1]))
         if fresh and not self._look_only:
             self._remember(fresh)
         return values
 
     def _recall(self, names: Sequence[str]) -> dict[tuple[str, str], str]:
         """Return (what, stat) -> value of the rows that are what was written."""
-        select = "SELECT what, stat, value, seal FROM remembered WHERE what = ?"
+        select = "SELECT what, stat, value, seal FROM remembered WHERE what IN ({})"
 
         def rows(database: sqlite3.Connection) -> list[Row]:
-            return [row for name in names for row in database.execute(select, (name,))]
+            return [
+                row
+                for start in range(0, len(names), ROWS_TOGETHER)
+                for together in [names[start : start + ROWS_TOGETHER]]
+                for row in database.execute(select.format(",".join("?" * len(together))), together)
+            ]
 
         return {
             (what, stat): value for what, stat, value, seal in self._ask(rows) if seal == _seal(what, stat, value)
@@ -162,13 +184,16 @@ def _seal(what: object, stat: object, value: object) -> str:
     return digest_of("remembered", [what, stat, value])
 
 
-def _stats(paths: Iterable[Path]) -> str:
-    return canonical_json([_identity(path.stat()) for path in paths]).decode()
+def _state(paths: Iterable[Path]) -> State:
+    stats = [path.stat() for path in paths]
+    return State(canonical_json([identity(each) for each in stats]).decode(), max(map(youngest_ns, stats)))
 
 
-def _identity(stat: stat_result) -> tuple[int, int, int, int]:
+def identity(stat: stat_result) -> tuple[int, int, int, int]:
+    """Return what no edit leaves as it was: size, both times in nanoseconds, inode."""
     return (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
-def _youngest_ns(paths: Iterable[Path]) -> int:
-    return max(max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths)
+def youngest_ns(stat: stat_result) -> int:
+    """Return the later of the times at which content or inode changed, in nanoseconds."""
+    return max(stat.st_mtime_ns, stat.st_ctime_ns)

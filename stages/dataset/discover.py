@@ -15,7 +15,10 @@ from enum import Enum, auto
 from pathlib import Path
 
 from schemas.errors import BadConfig, Fault
+from stages.contract.digests import State, canonical_json, identity, sha256_bytes, youngest_ns
 
+# Raised whenever the same folder gives another listing: what was remembered of folders is then forgotten.
+LISTING_VERSION = 1
 PICTURE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 SIDECAR_SUFFIXES = frozenset({"txt", "caption", "json"})
 MASK_ENDING = ".mask.png"
@@ -81,6 +84,46 @@ def listing(folder: Path, *, masks: bool = False) -> list[str]:
     """Return the files whose content decides what `validate` publishes: pictures, masks and captions, sorted."""
     found = discover(folder, masks=masks)
     return sorted([*found.pictures, *found.masks, *found.captions], key=os.fsencode)
+
+
+def state(folder: Path) -> State:
+    """Return what `folder` looks like without sorting it: every file's name and stat, and where links lead to.
+
+    Whatever changes what `listing` returns, or the bytes of a file of it, changes this. Raises OSError when a folder
+    cannot be listed.
+    """
+    seen: list[str] = []
+    youngest = 0
+    waiting = [os.fsencode(folder.resolve())]
+    while waiting:
+        at = waiting.pop()
+        rows: list[tuple[object, ...]] = []
+        with os.scandir(at) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                    continue
+                row, changed_ns = _look(entry)
+                rows.append(row)
+                youngest = max(youngest, changed_ns)
+        seen.append(sha256_bytes(canonical_json([at, sorted(rows)])))
+    return State(sha256_bytes(canonical_json(sorted(seen))), youngest)
+
+
+def _look(entry: os.DirEntry[bytes]) -> tuple[tuple[object, ...], int]:
+    """Return a file's name and stat, and those of what it leads to; and when any of it changed last."""
+    stat = entry.stat(follow_symlinks=False)
+    row, changed_ns = (entry.name, *identity(stat)), youngest_ns(stat)
+    if not entry.is_symlink():
+        return row, changed_ns
+    try:
+        end, target = entry.stat(), os.path.realpath(entry.path, strict=True)
+    except OSError:
+        # It leads nowhere, and will look otherwise as soon as it leads somewhere.
+        return row, changed_ns
+    return (*row, target, *identity(end)), max(changed_ns, youngest_ns(end))
 
 
 def legible(name: str) -> str:

@@ -6,14 +6,15 @@ gives the same keys as the pictures, so all that was made of them is found; noth
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from schemas.base import Strict
 from schemas.errors import BadConfig, Damaged, Stale
-from stages.contract.digests import StatCache
-from stages.dataset.discover import listing
+from stages.contract.digests import StatCache, digest_of
+from stages.dataset.discover import LISTING_VERSION, listing, state
 
 STAND_IN = "pictures-elsewhere.json"
 MOST_BYTES = 256 << 20
@@ -35,14 +36,34 @@ def contents(folder: Path, digests: StatCache, *, masks: bool) -> StandIn:
 
     Raises Damaged for a stand-in that cannot be read, BadConfig when pictures lie beside it.
     """
+    try:
+        return _contents(folder, digests, masks=masks)
+    except OSError:
+        # A file that cannot be read is a fault that `validate` lists with all the others; nothing is published then.
+        return StandIn(files=tuple((path, f"unread {path}") for path in listing(folder, masks=masks)))
+
+
+def folder_digest(folder: Path, digests: StatCache, *, masks: bool) -> str:
+    """Return the digest of `contents`, remembered for as long as nothing in `folder` looks changed.
+
+    Every stage asks for it: of a large folder this costs a stat of each file and one question to the cache.
+    """
+    what = f"folder {LISTING_VERSION} {'with masks' if masks else 'plain'} {folder.absolute()}"
+    try:
+        return digests.looked(what, partial(state, folder), lambda: _digest(_contents(folder, digests, masks=masks)))
+    except OSError:
+        return _digest(contents(folder, digests, masks=masks))
+
+
+def _digest(found: StandIn) -> str:
+    return digest_of("folder", found.files)
+
+
+def _contents(folder: Path, digests: StatCache, *, masks: bool) -> StandIn:
     if stands_in(folder):
         return _read(folder, masks=masks)
     paths = listing(folder, masks=masks)
-    try:
-        found = digests.files([folder / path for path in paths])
-    except OSError:
-        # A file that cannot be read is a fault that `validate` lists with all the others; nothing is published then.
-        found = [f"unread {path}" for path in paths]
+    found = digests.files([folder / path for path in paths])
     return StandIn(files=tuple(zip(paths, found, strict=True)))
 
 

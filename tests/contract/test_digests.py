@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from schemas.train import Train
 from stages.contract import digests
 from stages.contract.digests import (
     StatCache,
+    State,
     canonical_json,
     digest_of,
     is_unknown,
@@ -183,6 +185,55 @@ def test_paranoid_reads_everything_and_corrects_what_was_remembered(tmp_path: Pa
     assert StatCache(database, paranoid=True).files([path]) == [ABC]
     assert cache.files([path]) == [ABC]
     assert read == ["a.png"]
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the SQL statements that are put to any database, as they are."""
+    said: list[str] = []
+    connect = sqlite3.connect
+
+    def traced(*arguments: object, **named: object) -> sqlite3.Connection:
+        database: sqlite3.Connection = connect(*arguments, **named)  # type: ignore[arg-type]
+        database.set_trace_callback(said.append)
+        return database
+
+    monkeypatch.setattr(digests.sqlite3, "connect", traced)
+    return said
+
+
+@pytest.mark.usefixtures("settled")
+def test_many_files_are_asked_for_together(tmp_path: Path, statements: list[str], read: list[str]) -> None:
+    paths = [tmp_path / str(number) for number in range(digests.ROWS_TOGETHER + 1)]
+    for path in paths:
+        path.write_bytes(b"abc")
+    tick(paths[-1], paths[-1].stat().st_ctime_ns)
+    cache = StatCache(tmp_path / "digests.sqlite")
+    cache.files(paths)
+    read.clear()
+    statements.clear()
+    assert cache.files(paths) == [ABC] * len(paths)
+    assert read == []
+    assert sum(said.startswith("SELECT") for said in statements) == 2
+
+
+@pytest.mark.usefixtures("settled")
+def test_value_is_remembered_until_what_it_was_made_from_looks_otherwise(tmp_path: Path) -> None:
+    cache = StatCache(tmp_path / "digests.sqlite")
+    values = iter(["one", "two"])
+    for text, value in (("a", "one"), ("a", "one"), ("b", "two"), ("b", "two")):
+        assert cache.looked("folder", lambda text=text: State(text, 0), lambda: next(values)) == value
+
+
+def test_value_of_what_looks_young_or_changes_meanwhile_is_not_remembered(tmp_path: Path) -> None:
+    cache = StatCache(tmp_path / "digests.sqlite")
+    young = State("a", time.time_ns())
+    assert [cache.looked("young", lambda: young, lambda each=each: each) for each in ("one", "two")] == ["one", "two"]
+    looks = iter("abbb")
+    moving = [
+        cache.looked("moving", lambda: State(next(looks), 0), lambda each=each: each) for each in ("one", "two")
+    ]
+    assert moving == ["one", "two"]
 
 
 def _garbage(path: Path) -> None:

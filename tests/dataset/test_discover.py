@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from schemas.errors import BadConfig
-from stages.dataset.discover import discover, listing
+from stages.dataset.discover import discover, listing, state
 from tests.dataset.corpus import write
 
 
@@ -128,3 +129,69 @@ def test_ten_thousand_files_are_listed_within_two_seconds(tmp_path: Path) -> Non
     started = time.monotonic()
     assert len(listing(tmp_path)) == 10_000
     assert time.monotonic() - started < 2
+
+
+def _edit(folder: Path) -> None:
+    """Change bytes but neither size nor modification time."""
+    path = folder / "sub" / "b.png"
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        path.write_text("y")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _swap(folder: Path) -> None:
+    (folder / "a.png").rename(folder / "c")
+    (folder / "sub" / "b.png").rename(folder / "a.png")
+    (folder / "c").rename(folder / "sub" / "b.png")
+
+
+def _retarget(folder: Path) -> None:
+    (folder / "link.png").unlink()
+    (folder / "link.png").symlink_to("a.png")
+
+
+CHANGES: list[Callable[[Path], object]] = [
+    _edit,
+    _swap,
+    _retarget,
+    lambda folder: (folder / "a.png").rename(folder / "z.png"),
+    lambda folder: (folder / "a.txt").unlink(),
+    lambda folder: (folder / "new.txt").touch(),
+    lambda folder: (folder / "sub").rename(folder / "bus"),
+    lambda folder: (folder.parent / "outside.png").write_text("longer"),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_file_or_its_name_changes_how_the_folder_looks(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    write(tmp_path, {"outside.png": "x"})
+    folder = write(tmp_path / "set", {"a.png": "x", "a.txt": "", "sub/b.png": "x"})
+    (folder / "link.png").symlink_to("sub/b.png")
+    (folder / "out.png").symlink_to("../outside.png")
+    before = state(folder)
+    assert state(folder) == before
+    change(folder)
+    assert state(folder).text != before.text
+
+
+def test_hidden_files_change_nothing_of_how_a_folder_looks(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": "x", ".git/x.png": ""})
+    before = state(tmp_path)
+    write(tmp_path, {".DS_Store": "", ".git/y.png": ""})
+    assert state(tmp_path) == before
+
+
+def test_folder_is_as_young_as_its_youngest_file_or_what_a_link_leads_to(tmp_path: Path) -> None:
+    write(tmp_path, {"outside.png": "x"})
+    folder = write(tmp_path / "set", {"a.png": "x"})
+    (folder / "link.png").symlink_to("../outside.png")
+    os.utime(tmp_path / "outside.png", ns=(0, later := 2 * time.time_ns()))
+    assert state(folder).youngest_ns == later
+
+
+def test_names_that_are_not_utf8_can_be_looked_at(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.png")).touch()
+    assert state(tmp_path) == state(tmp_path)
