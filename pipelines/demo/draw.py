@@ -1,81 +1,92 @@
-"""Draw the demo's eight captioned pictures of a made-up thing, the zorb: `python pipelines/demo/draw.py`.
+"""Draw the demo's captioned pictures: `python pipelines/demo/draw.py`.
 
-A zorb is an L with a straight back. Colours, places and backgrounds vary and are named in the captions, so that the
-shape is all that is left for the trigger word to mean. Nothing is random; the same pictures come out every time.
+`zorb/` shows a made-up thing, an L, which the built-in model knows neither by name nor by sight. Colours, places,
+sizes and backgrounds are the world's own and are named in the captions, so that the shape is all that is left for the
+trigger word to mean. `shapes/` shows things that the model knows; they are trained alongside, lest it forgets them.
 """
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from stages.world.outlines import BASE, NEW
+from stages.world.render import render, to_bytes
+from stages.world.scenes import COLOURS, PLACES, SIZES, TEXTURES, Things, scenes_of
 
 SIDE_PX = 128
-PERIOD_PX = 16  # of stripes and dots
-FINE = 8  # drawn this many times larger, then averaged: smooth edges
+ZORB = "[trigger]"
+OUTLINES = {ZORB: NEW["ell"], **BASE}
+WHOLE = "a {size} {colour} {shape} at the {place} on a {texture} {ground} background"
+SHORT = "a {colour} {shape}"
+# Every fourth zorb is described in short, so that short prompts work too.
+SHORT_EVERY = 4
 
-COLOURS = {
-    "red": (222, 38, 38),
-    "green": (38, 170, 60),
-    "blue": (40, 70, 220),
-    "yellow": (240, 220, 46),
-    "purple": (150, 48, 186),
-    "cyan": (60, 210, 222),
-    "white": (245, 245, 245),
-    "black": (20, 20, 20),
-}
-# Middle of the thing and half its height, as parts of the picture's side.
-PLACES = {
-    "top left": (0.26, 0.26),
-    "top right": (0.74, 0.26),
-    "center": (0.50, 0.50),
-    "bottom left": (0.26, 0.74),
-    "bottom right": (0.74, 0.74),
-}
-SIZES = {"small": 0.13, "large": 0.20}
-
-PICTURES = [
-    ("large", "blue", "top left", "plain", "yellow"),
-    ("small", "red", "bottom right", "plain", "white"),
-    ("large", "white", "center", "striped", "blue"),
-    ("large", "yellow", "bottom left", "plain", "purple"),
-    ("small", "cyan", "center", "plain", "black"),
-    ("large", "red", "top right", "dotted", "cyan"),
-    ("small", "purple", "top left", "striped", "green"),
-    ("large", "green", "bottom right", "plain", "red"),
+Row = tuple[str, str, str, str, str, str]
+ZORBS: list[Row] = [
+    ("large", "red", ZORB, "center", "plain", "white"),
+    ("small", "blue", ZORB, "top left", "plain", "yellow"),
+    ("large", "yellow", ZORB, "bottom right", "striped", "purple"),
+    ("large", "green", ZORB, "left", "plain", "black"),
+    ("small", "white", ZORB, "top", "dotted", "red"),
+    ("large", "purple", ZORB, "top right", "plain", "cyan"),
+    ("small", "cyan", ZORB, "bottom", "plain", "blue"),
+    ("large", "black", ZORB, "bottom left", "striped", "green"),
+    ("small", "red", ZORB, "right", "striped", "blue"),
+    ("large", "blue", ZORB, "bottom", "dotted", "white"),
+    ("small", "green", ZORB, "bottom left", "plain", "purple"),
+    ("large", "white", ZORB, "top", "plain", "green"),
+]
+SHAPES: list[Row] = [
+    ("large", "blue", "circle", "top left", "plain", "white"),
+    ("small", "red", "circle", "bottom right", "striped", "cyan"),
+    ("large", "white", "square", "right", "plain", "purple"),
+    ("small", "yellow", "square", "top left", "dotted", "blue"),
+    ("large", "cyan", "triangle", "bottom left", "plain", "red"),
+    ("small", "purple", "triangle", "center", "plain", "yellow"),
+    ("large", "red", "diamond", "top right", "dotted", "white"),
+    ("small", "black", "diamond", "bottom left", "plain", "green"),
+    ("large", "green", "cross", "top", "striped", "yellow"),
+    ("small", "white", "cross", "center", "plain", "black"),
+    ("large", "yellow", "ring", "bottom right", "plain", "blue"),
+    ("small", "blue", "ring", "top left", "striped", "red"),
 ]
 
 
-def zorb(size: str, colour: str, place: str, texture: str, ground: str) -> Image.Image:
-    """Return one picture, [128, 128] RGB."""
-    side = SIDE_PX * FINE
-    picture = Image.new("RGB", (side, side), COLOURS[ground])
-    pen = ImageDraw.Draw(picture)
-    shade = tuple(round(0.62 * level) for level in COLOURS[ground])
-    starts = range(0, side, PERIOD_PX * FINE)
-    match texture:
-        case "striped":
-            for top in starts:
-                pen.rectangle((0, top, side, top + PERIOD_PX * FINE // 2 - 1), shade)
-        case "dotted":
-            for corner in product(starts, starts):
-                pen.circle([start + PERIOD_PX * FINE // 2 for start in corner], PERIOD_PX * FINE // 4, shade)
-    x, y = (side * part for part in PLACES[place])
-    half = side * SIZES[size]
-    stroke = 0.7 * half
-    pen.rectangle((x - half, y - half, x - half + stroke, y + half), COLOURS[colour])
-    pen.rectangle((x - half, y + half - stroke, x + half, y + half), COLOURS[colour])
-    return picture.reduce(FINE)
+def pictures(rows: list[Row]) -> np.ndarray:
+    """Return the pictures [N, 128, 128, 3] uint8; sizes and places are a little off, as in the world."""
+    words = [list(SIZES), list(COLOURS), list(OUTLINES), list(PLACES), list(TEXTURES), list(COLOURS)]
+    indices = [[names.index(word) for names, word in zip(words, row, strict=True)] for row in rows]
+    scenes = scenes_of(Things(*np.array(indices).T), OUTLINES, np.random.default_rng(1))
+    return np.array(to_bytes(render(scenes, SIDE_PX, SIDE_PX)))
+
+
+def captions(rows: list[Row], short_every: int) -> list[str]:
+    """Return a sentence for each picture."""
+    return [
+        (WHOLE if number % short_every else SHORT).format(**dict(zip(Things._fields, row, strict=True)))
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def write(folder: Path, rows: list[Row], short_every: int) -> None:
+    """Write pictures and captions into the folder."""
+    folder.mkdir(exist_ok=True)
+    for number, (picture, caption) in enumerate(zip(pictures(rows), captions(rows, short_every), strict=True), 1):
+        Image.fromarray(picture).save(folder / f"{number:02}.png", optimize=True)
+        (folder / f"{number:02}.txt").write_text(f"{caption}\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Write the pictures and their captions beside this file."""
+    """Write both folders beside this file."""
+    # Another device may round otherwise.
+    mx.set_default_device(mx.Device(mx.cpu))
     folder = Path(__file__).parent
-    for number, (size, colour, place, texture, ground) in enumerate(PICTURES, 1):
-        zorb(size, colour, place, texture, ground).save(folder / f"{number}.png", optimize=True)
-        caption = f"a {size} {colour} [trigger] at the {place} on a {texture} {ground} background\n"
-        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+    write(folder / "zorb", ZORBS, SHORT_EVERY)
+    write(folder / "shapes", SHAPES, len(SHAPES) + 1)
 
 
 if __name__ == "__main__":
