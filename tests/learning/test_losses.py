@@ -20,7 +20,7 @@ from tests.stages.project import Project
 SEEDS = (42, 1, 2)
 TRAINING: Band = (0.0, 1.0)
 VALIDATION: Band = (0.0, 1.0)
-START: Band = (0.0, 1.0)  # of the validation loss before the first step
+START: Band = (0.05, 0.5)  # of the validation loss before the first step; measured 0.165, broken 4.5 to 50
 NO_PROGRESS = 8  # the exit code of a training that learnt nothing
 
 
