@@ -45,7 +45,7 @@ faults: $(VENV)/installed-dev
 
 # What a LoRA learns, in figures: all pictures, variations and broken trainings. Half an hour on two cores at most.
 learn: $(VENV)/installed-dev
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/learning --full --numprocesses 2 --dist load
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/learning --full --numprocesses 2 --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
