@@ -1,0 +1,148 @@
+"""A hundred thousand pictures are no trouble: time, memory and files, each stage a process of its own.
+
+The latents are made up, which takes a tenth of the time; everything else is as it always is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages import encode_latents
+from stages.flux2.variants import MICRO
+from tests.faults.conftest import Count, Measured
+from tests.stages.project import MAKING, Project, edit, listing, new_project
+
+PICTURES = 100_000
+# From the end of the first stage.
+SETTLED_SECONDS = 600
+STAGES = (("validate",), ("encode-latents",), ("encode-text",), ("train",), ("preview",), ("verify", "--quick"))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process took; `busy_seconds` leave out what it waited for, such as other work on this machine."""
+
+    seconds: float
+    busy_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Many:
+    """A finished run of many pictures, and what validating them took."""
+
+    project: Project
+    pictures: int
+    validated: Cost
+    made: float = field(default_factory=time.time)
+    files: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def spawn(project: Project, *stage: str) -> Cost:
+    """Run a stage as people do, and expect it to end well; its memory is that of its largest process."""
+    arguments = project.arguments(stage[0], *stage[1:])
+    started = time.monotonic()
+    child = subprocess.Popen([sys.executable, "-m", "stages", *arguments], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    # Linux counts in kilobytes, macOS in bytes.
+    peak_bytes = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Cost(time.monotonic() - started, used.ru_utime + used.ru_stime, peak_bytes)
+
+
+def paint(project: Project, number: int, *, changed: bool = False) -> None:
+    """Write a picture of 32 x 32, different from all others, and one of ten captions."""
+    folder = project.pictures / f"{number // 1000:03}"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", (32, 32), (number >> 16, number >> 8 & 255, number & 255))
+    picture.putpixel((0, 0), (255, 255, 255) if changed else (0, 0, 0))
+    picture.save(folder / f"{number:06}.png", compress_level=1)
+    (folder / f"{number:06}.txt").write_text(f"a [trigger] number {number % 10}")
+
+
+def made_up(_job: object, _autoencoder: object, each: Any) -> np.ndarray:
+    """Return a latent [C, H/16, W/16] float32 that follows from its key."""
+    shape = (MICRO.autoencoder.packed_channels, each.item["bucket_height"] // 16, each.item["bucket_width"] // 16)
+    return np.random.default_rng(int(each.key[:16], 16)).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, count: Count) -> Iterator[Many]:
+    project = new_project(tmp_path_factory.mktemp("many") / "project")
+    edit(project.config, "steps = 4", "steps = 2")
+    pictures = count(200, PICTURES)
+    for path in project.pictures.iterdir():
+        path.unlink()
+    for number in range(pictures):
+        paint(project, number)
+    made = Many(project, pictures, spawn(project, "validate"))
+    made.files["validate"] = stored(project)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_latents, "_latent", made_up)
+        project.make(*MAKING[1:])
+        made.files["preview"] = stored(project)
+        yield made
+
+
+def stored(project: Project) -> int:
+    return sum(path.is_file() for path in project.store.rglob("*"))
+
+
+@pytest.mark.bar("M4")
+def test_many_pictures_are_validated_in_time_memory_and_few_files(many: Many, measured: Measured) -> None:
+    seconds, peak_bytes = many.validated.seconds, many.validated.peak_bytes
+    measured(
+        "M4",
+        f"{many.pictures} pictures: validate {seconds:.1f} s, {peak_bytes / 1e6:.0f} MB, {many.files['validate']} "
+        f"files in the store ({many.files['preview']} after all stages: a fragment of 64 latents is two)",
+    )
+    assert seconds <= 120
+    assert peak_bytes < 1e9
+    assert many.files["validate"] <= 2000
+
+
+def asked(project: Project) -> tuple[list[Cost], list[str]]:
+    """Ask every stage once; return what each took, and the files that any of them changed."""
+    before = listing(project.store) | listing(project.results, "verify.json")
+    costs = [spawn(project, *stage) for stage in STAGES]
+    after = listing(project.store) | listing(project.results, "verify.json")
+    return costs, sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+@pytest.mark.bar("Q15")
+@pytest.mark.bar("M6")
+def test_up_to_date_chain_of_many_pictures_is_quick_and_writes_nothing(many: Many, measured: Measured) -> None:
+    costs, changed = asked(many.project)
+    # What was made a moment ago is remembered by the first look after it has settled.
+    while changed and time.time() - many.made < SETTLED_SECONDS:
+        costs, changed = asked(many.project)
+    seconds, busy_seconds = sum(each.seconds for each in costs), sum(each.busy_seconds for each in costs)
+    quick = costs[-1]
+    measured("Q15", f"{many.pictures} pictures: {busy_seconds:.2f} s of work, {seconds:.2f} s for six processes")
+    measured(
+        "M6", f"{many.pictures} pictures: verify --quick {quick.busy_seconds:.2f} s, {quick.seconds:.2f} s in all"
+    )
+    assert changed == []
+    assert busy_seconds <= 15
+    assert quick.busy_seconds <= 10
+
+
+@pytest.mark.bar("M5")
+def test_of_many_pictures_only_the_changed_one_is_encoded(many: Many, measured: Measured) -> None:
+    paint(many.project, many.pictures // 2, changed=True)
+    started = time.monotonic()
+    ran = many.project.make("validate", "encode-latents")
+    counts = ran["encode-latents"].counts
+    measured("M5", f"{counts['encoded']} of {many.pictures} encoded, {time.monotonic() - started:.1f} s")
+    assert counts == {"total": many.pictures, "encoded": 1, "reused": many.pictures - 1}
