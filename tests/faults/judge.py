@@ -21,6 +21,7 @@ UNPUBLISHED = (".tmp", ".locks", "lookup")
 # What says how long it took differs between runs: whole, but other bytes.
 TIMED = ("metrics.jsonl", "training_curves.png", "manifest.json", "verify.json")
 RUNS = "runs"
+CONTROL_LOCK = "/.control.lock"
 
 
 def half_published(root: Path, reference: Path) -> list[str]:
@@ -142,7 +143,8 @@ def differences(root: Path, reference: Path) -> list[str]:
 
 def _names(root: Path) -> set[str]:
     paths = (path.relative_to(root).as_posix() for path in root.rglob("*"))
-    return {name for name in paths if not name.startswith("store/lookup/")}
+    # A training's lock that nobody holds is no news: the next training takes it, and lets it go.
+    return {name for name in paths if not name.startswith("store/lookup/") and not name.endswith(CONTROL_LOCK)}
 
 
 def _untimed(path: Path) -> list[dict[str, Any]]:

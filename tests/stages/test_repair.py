@@ -127,8 +127,8 @@ def test_rot_that_no_stat_shows_is_repaired_too(project: Project) -> None:
     stat = path.stat()
     old = stat.st_mtime_ns - 10_000_000_000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.contract.digests._identity", lambda _: (1, 2, 3, 4))
-        patch.setattr("stages.contract.digests._youngest_ns", lambda _: old)
+        patch.setattr("stages.contract.digests.identity", lambda _: (1, 2, 3, 4))
+        patch.setattr("stages.contract.digests.youngest_ns", lambda _: old)
         project.run("encode-text")
         flip(path)
         assert project.run("encode-text").status == "up to date"

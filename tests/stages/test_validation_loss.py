@@ -55,7 +55,8 @@ def test_loss_is_the_mean_over_the_noise_levels_of_the_settings(untrained: Proje
         assert untrained.run("train", "--force", sets=sets).code == 0
         found.append(losses(untrained)[0])
     assert found[0] != found[1]
-    assert found[2] == pytest.approx((found[0] + found[1]) / 2, rel=1e-12)
+    # Each is a mean in float32.
+    assert found[2] == pytest.approx((found[0] + found[1]) / 2, rel=2e-7)
 
 
 def test_resumed_training_measures_the_same(untrained: Project, validated: Project) -> None:
@@ -127,7 +128,8 @@ def test_collapsing_training_is_warned_of_and_ends_with_exit_8_and_whole_checkpo
     assert (again.code, again.error) == (8, "train.collapsed")
     assert losses(untrained) == found
     # What a collapse is, is in no key: the same training goes on, from the checkpoint before the last step.
-    assert untrained.run("train", sets=sets).counts == {"steps": 9, "resumed_from": max(found) - 1}
+    patient = (*sets, "train.validation.collapse_factor=1000")
+    assert untrained.run("train", sets=patient).counts == {"steps": 9, "resumed_from": max(found) - 1}
     assert untrained.run("train", sets=strict).status == "up to date"
 
 
