@@ -39,6 +39,7 @@ def test_what_is_no_table_is_a_fault(data: bytes) -> None:
     assert (found.code, bool(found.fix)) == ("table.unreadable", True)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no memory limit")
 def test_cell_of_a_gigabyte_in_a_small_file_does_not_fill_memory() -> None:
     data = table(["a" * (1 << 30)], compression="zstd", use_dictionary=False)

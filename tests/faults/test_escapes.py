@@ -84,7 +84,7 @@ def audited(
 
 
 @pytest.mark.bar("Q22")
-@pytest.mark.parametrize("watch", [strace, audited])
+@pytest.mark.parametrize("watch", [pytest.param(strace, marks=pytest.mark.full), audited])
 def test_the_chain_opens_nothing_of_the_user_s_but_its_project(tmp_path: Path, watch, measured: Measured) -> None:
     if watch is strace and shutil.which("strace") is None:
         pytest.skip("there is no strace")

@@ -14,7 +14,7 @@ from tests.learning.studio import Drawing, Studio
 def test_demo_teaches_its_word_and_keeps_the_rest(
     studio: Studio, teach: Teach, shape: str, count: Count, measured: Measured
 ) -> None:
-    seeds, how = count(14, 32), Drawing(lora=teach(()).lora)
+    seeds, how = count(10, 32), Drawing(lora=teach(()).lora)
     new, kept = studio.new_score(shape, seeds, how), studio.base_score(seeds, how)
     measured("L2", f"{seeds} seeds, {shape}: {said(lora_figures(new.shape, kept))}")
     measured("L2", f"the new thing's words: {said(base_figures(new))}")
