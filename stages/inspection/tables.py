@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _dataset(inspection: Inspection, folder: Path) -> None:
     ids = [row["item_id"] for row in items]
     if ids != sorted(set(ids)):
         _wrong(inspection, "validate", "dataset.order", "items are not sorted by their ids", where)
-    if wrong := [row["item_id"] for row in items if not _follows(row, len(items))]:
+    if wrong := _not_following(items):
         what = f"{len(wrong)} ids of items do not follow from what they stand for, {_named(wrong)}"
         _wrong(inspection, "validate", "dataset.ids", what, where)
     if wrong := [row["caption_id"] for row in captions if row["caption_id"] != caption_id(row["text"])]:
@@ -70,11 +71,20 @@ def _dataset(inspection: Inspection, folder: Path) -> None:
         _wrong(inspection, "validate", "dataset.captions", what, folder / CAPTIONS.name)
 
 
-def _follows(row: Mapping[str, Any], most: int) -> bool:
-    """Whether an item's id follows from picture, crop and caption; which duplicate it is, is not in the table."""
-    steps = plan(tuple(row["crop"]), (row["bucket_width"], row["bucket_height"]), row["background"])
-    content = [row["image_sha256"], steps, row["caption_id"]]
-    return any(row["item_id"] == digest_of("item", [*content, ordinal])[:32] for ordinal in range(most))
+def _not_following(items: Rows) -> list[str]:
+    """Return the ids that do not follow from picture, crop, caption and which duplicate it is.
+
+    The last is not in the table; but of as many rows as say the same, each is one of the first so many.
+    """
+    alike: dict[str, list[str]] = defaultdict(list)
+    following: set[str] = set()
+    for row in items:
+        steps = plan(tuple(row["crop"]), (row["bucket_width"], row["bucket_height"]), row["background"])
+        content = [row["image_sha256"], steps, row["caption_id"]]
+        same = alike[digest_of("item", content)]
+        following.add(digest_of("item", [*content, len(same)])[:32])
+        same.append(row["item_id"])
+    return [name for names in alike.values() for name in names if name not in following]
 
 
 def _index(inspection: Inspection, stage: str, chain: Chain) -> None:
