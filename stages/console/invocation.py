@@ -15,6 +15,7 @@ from stages.contract.job import Flags, Job
 from stages.contract.trust import distrusted, require_trust
 
 PATH = click.Path(path_type=Path)
+STORE, RUNS = Path("store"), Path("runs")
 
 
 def place_options(*, config_required: bool = True) -> list[click.Parameter]:
@@ -26,13 +27,13 @@ def place_options(*, config_required: bool = True) -> list[click.Parameter]:
             ["--store"],
             type=PATH,
             envvar="FLUX2_LORA_STORE",
-            default=Path("store"),
+            default=STORE,
             show_default=True,
             help="Folder of artifacts, shared by all runs.",
         ),
         click.Option(["--also"], type=PATH, multiple=True, help="Another store to read from."),
         click.Option(["--trust"], type=PATH, metavar="FILE", help="Whose signatures count in other people's stores."),
-        click.Option(["--runs"], type=PATH, default=Path("runs"), show_default=True, help="Folder of results."),
+        click.Option(["--runs"], type=PATH, default=RUNS, show_default=True, help="Folder of results."),
     ]
 
 
@@ -54,11 +55,25 @@ def job_of(options: dict[str, Any]) -> Job:
         also=tuple(store for store in also if not distrusted(store)),
         foreign=tuple(store for store in also if distrusted(store)),
         allowed=allowed,
+        given=_given(options),
         look_only=options.get("look_only", False),
         flags=Flags(**{name: options[name] for name in Flags.__dataclass_fields__ if name in options}),
         say=messages.say,
         warn=messages.warn,
     )
+
+
+def _given(options: dict[str, Any]) -> tuple[str, ...]:
+    """Return the options of `place_options` beside --config as they were given."""
+    several = (("--set", options["assignments"]), ("--also", options["also"]))
+    one = (
+        ("--store", options["store"], STORE),
+        ("--trust", options["trust"], None),
+        ("--runs", options["runs"], RUNS),
+    )
+    words = [(name, str(value)) for name, values in several for value in values]
+    words += [(name, str(value)) for name, value, default in one if value != default]
+    return tuple(part for word in words for part in word)
 
 
 def run_folder(runs: Path, run: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,7 @@ class Job:
     """What a stage is given. `store` is ours and writable; `also` are read-only.
 
     `foreign` are other people's stores, of which only what the `allowed` signed is taken (stages/contract/trust.py).
+    `given` is what the command line said of settings and places, to be said again in a remedy.
 
     With `look_only` nothing at all is written and no large file is read: what that leaves open has a digest that is
     unknown. `say` and `warn` take a line for the person; `upstream` remembers the artifacts this process has already
@@ -53,6 +55,7 @@ class Job:
     also: tuple[Path, ...] = ()
     foreign: tuple[Path, ...] = ()
     allowed: Path | None = None
+    given: tuple[str, ...] = ()
     look_only: bool = False
     flags: Flags = Flags()
     say: Callable[[str], None] = _silent
@@ -107,5 +110,5 @@ class Job:
             return StatCache(path, paranoid=self.flags.paranoid, look_only=self.look_only)
 
     def remedy(self, stage: str) -> str:
-        """Return the command that runs `stage` for this configuration."""
-        return f"flux2-lora {stage} --config {self.config_path}"
+        """Return the command that runs `stage` with the same settings in the same places."""
+        return shlex.join(["flux2-lora", stage, "--config", str(self.config_path), *self.given])

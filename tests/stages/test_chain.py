@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tests.stages.project import (
     MAKING,
     Project,
     Ran,
+    command,
     contents,
     draw,
     edit,
@@ -225,6 +227,21 @@ def test_flipped_bit_in_a_fragment_stops_training_until_forced_anew(untrained: P
     assert refused.result["error"]["fix"].endswith("--force")
     assert untrained.run(stage, "--force").code == 0
     assert fragment(untrained, stage).read_bytes() == before
+
+
+def test_remedies_typed_as_they_stand_lead_to_the_end(encoded: Project, tmp_path: Path) -> None:
+    """Settings and places of the command line are in them, quoted where a shell wants it."""
+    project = encoded.copy(tmp_path / "my project")
+    sets = ("validate.resolutions=[48]", "train.steps=1", "preview.prompts=['a [trigger]']")
+    said: list[str] = []
+    for _ in range(3):
+        refused = project.run("train", sets=sets)
+        program, *arguments = shlex.split(refused.result["error"]["fix"])
+        assert (refused.code, program) == (5, "flux2-lora")
+        assert command(*arguments, "--json").code == 0
+        said.append(arguments[0])
+    assert said == ["validate", "encode-latents", "encode-text"]
+    assert project.run("train", sets=sets).code == 0
 
 
 def test_run_name_and_places_change_no_digest(tmp_path: Path, finished: Project) -> None:

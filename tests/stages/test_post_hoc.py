@@ -133,7 +133,7 @@ def test_every_kind_of_adapter_is_read_back_by_the_public_reader(untrained: Proj
 def test_less_than_two_checkpoints_are_an_error_that_says_what_to_run(untrained: Project) -> None:
     none = average(untrained)
     assert (none.code, none.error) == (5, "ema.too_few")
-    assert none.result["error"]["fix"] == f"flux2-lora train --config {untrained.config}"
+    assert none.result["error"]["fix"].startswith(f"flux2-lora train --config {untrained.config} ")
     sets = (*SETS, "train.checkpoint_every=6")
     untrained.make("train", sets=sets)
     one = average(untrained, sets=sets)
