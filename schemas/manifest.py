@@ -45,6 +45,7 @@ class CheckpointManifest(Strict, frozen=True, omit_defaults=True):
     """One resumable point of a training: its files, and the tensor digests of the LoRA it stands for and its `ema`.
 
     `public` is false for a checkpoint forced by a signal: it exists to resume from, not to be looked at.
+    `computed_on` are the devices of all steps up to this one; nothing where a checkpoint before did not say.
     """
 
     contract: int
@@ -55,6 +56,7 @@ class CheckpointManifest(Strict, frozen=True, omit_defaults=True):
     files: dict[str, FileRecord]
     self_digest: str
     ema: str | None = None
+    computed_on: tuple[str, ...] = ()
 
 
 class Receipt(Strict, frozen=True):

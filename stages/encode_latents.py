@@ -57,6 +57,7 @@ class EncodeLatents:
         """
         from schemas.tables import DATASET, LATENT_INDEX, MASK_INDEX
         from stages.dataset.draws import read_draws
+        from stages.flux2.backend import prepare
         from stages.stores.latents import fragment_files
         from stages.stores.tables import read_table, write_table
 
@@ -67,7 +68,8 @@ class EncodeLatents:
         distinct = {each.key: each for each in [*wanted, *covers]}
         known = _known(job, distinct)
         missing = [each for key, each in distinct.items() if key not in known]
-        known |= _encode(job, [each for each in missing if isinstance(each, _Wanted)])
+        pictures = [each for each in missing if isinstance(each, _Wanted)]
+        known |= _encode(job, pictures)
         known |= _cover(job, [each for each in missing if isinstance(each, _WantedMask)])
         rows = [_index_row(each, known[each.key]) for each in wanted]
         write_table(work / INDEX, LATENT_INDEX, rows)
@@ -80,6 +82,7 @@ class EncodeLatents:
             roles=_roles(rows, masks if "masks" in plan.inputs else None),
             counts=_counts(len(distinct), len(missing)),
             fragments={name: holder(name, job.stores) for name in files},
+            device=prepare().name if pictures else "",
         )
 
     def foresee(self, job: Job, plan: Plan, work: Path) -> Built:

@@ -60,6 +60,7 @@ class EncodeText:
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
         """Encode what no store has yet, and write the index."""
         from schemas.tables import EMBEDDING_INDEX
+        from stages.flux2.backend import prepare
         from stages.stores.tables import write_table
 
         validated = upstream(job, "validate")
@@ -76,6 +77,7 @@ class EncodeText:
             roles=_roles(rows),
             counts=_counts(len(keys), len(missing)),
             fragments={name: holder(name, job.stores) for name in fragments},
+            device=prepare().name if missing else "",
         )
 
     def foresee(self, job: Job, plan: Plan, work: Path) -> Built:

@@ -103,6 +103,7 @@ class Preview:
             roles={"pictures": digest_of("pictures", [[each.file, each.fragment] for each in pictures])},
             counts=_counts(len(pictures), rendered),
             fragments={each.fragment: holder(each.fragment, job.stores) for each in pictures},
+            device=backend.name if rendered else "",
         )
 
     def foresee(self, job: Job, plan: Plan, work: Path) -> Built:

@@ -55,11 +55,12 @@ class Quantize:
         from stages.flux2.backend import prepare
         from stages.stores.tensors import from_mlx, save, tensor_digest
 
-        job.say(prepare().line())
+        backend = prepare()
+        job.say(backend.line())
         packed = load.packed_transformer if self.part == "transformer" else load.packed_text_encoder
         tensors = {name: from_mlx(array) for name, array in packed(model_of(job), plan.params["quantize"])}
         save(work / FILE, tensors, {"format": "mlx", "quantize": plan.params["quantize"], **plan.inputs})
-        return Built(roles={self.part: tensor_digest(tensors)}, counts={"tensors": len(tensors)})
+        return Built({self.part: tensor_digest(tensors)}, {"tensors": len(tensors)}, device=backend.name)
 
     def reused(self, manifest: Manifest) -> Mapping[str, int]:
         """They are there."""

@@ -83,6 +83,7 @@ class Train:
         return Built(
             roles=roles,
             counts={"steps": steps, "resumed_from": start.step if start is not None else 0},
+            device="; ".join(last.manifest.computed_on),
         )
 
     def foresee(self, job: Job, plan: Plan, work: Path) -> Built:
@@ -227,7 +228,8 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         profiling(job.flags.profile, job.run_folder) as profile,
         tracked(settings.tracking, job.run_folder, steps_done) as trackers,
     ):
-        recorder = Recorder(job, plan, trainer, bar, Instruments(validator(job), profile, trackers))
+        instruments = Instruments(validator(job), profile, trackers)
+        recorder = Recorder(job, plan, trainer, bar, instruments, company.named(backend.name))
         recorder.begin(start)
         hears = (recorder.line, recorder.checkpoint, recorder.measures)
         seed, warn = job.config.run.seed, job.warn

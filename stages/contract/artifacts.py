@@ -34,12 +34,13 @@ class Built:
     """What a stage made, beside the files in its work folder.
 
     `roles` are the digests of what later stages read; `fragments` the files elsewhere in the stores that it refers to
-    (path below the store -> the store that holds it).
+    (path below the store -> the store that holds it). `device` is what computed it, "" where nothing was computed.
     """
 
     roles: Mapping[str, str]
     counts: Mapping[str, int]
     fragments: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    device: str = ""
 
 
 def keyed(table: Strict) -> dict[str, Any]:

@@ -230,7 +230,8 @@ def _build(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outc
         work = space / "artifact"
         work.mkdir()
         built = stage.build(job, plan, work)
-        manifest = write_manifest(work, (stage.name, stage.version, key), plan, built, _provenance(started))
+        about = _provenance(started, built.device)
+        manifest = write_manifest(work, (stage.name, stage.version, key), plan, built, about)
         folder = job.store / stage.name / key
         publish_folder(work, folder)
     with no_resources(job.run_folder):
@@ -313,7 +314,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 48 else f"{text[:16]}..."
 
 
-def _provenance(started: float) -> dict[str, str]:
+def _provenance(started: float, device: str) -> dict[str, str]:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -323,4 +324,5 @@ def _provenance(started: float) -> dict[str, str]:
             about[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {**about, "seconds": f"{time.monotonic() - started:.2f}"}
+    computed = {"device": device} if device else {}
+    return {**about, **computed, "seconds": f"{time.monotonic() - started:.2f}"}

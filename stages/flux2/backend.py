@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -31,16 +32,23 @@ QUEUE_VARIABLE, QUEUE_MB = "MLX_MAX_MB_PER_BUFFER", "200"
 
 @dataclass(frozen=True)
 class Backend:
-    """The device of this process, the type large matmuls run in, and the BLAS on CPU (None elsewhere)."""
+    """The device of this process, its chip, the type of large matmuls, and the BLAS on CPU (None elsewhere)."""
 
     device: Literal["cpu", "metal", "cuda"]
     compute_dtype: mx.Dtype
     blas: str | None = None
+    chip: str = ""
+
+    @property
+    def name(self) -> str:
+        """All that decides the bits of a result: device, chip, type, MLX's version and, on CPU, which BLAS."""
+        chip, blas = f" ({self.chip})" if self.chip else "", f", {self.blas}" if self.blas else ""
+        dtype = str(self.compute_dtype).removeprefix("mlx.core.")
+        return f"{self.device}{chip} in {dtype}, mlx {version('mlx')}{blas}"
 
     def line(self) -> str:
-        """Return one line for the person: device, type and, on CPU, which BLAS."""
-        blas = f", {self.blas}" if self.blas else ""
-        return f"computing on {self.device} in {str(self.compute_dtype).removeprefix('mlx.core.')}{blas}"
+        """Return one line for the person."""
+        return f"computing on {self.name}"
 
 
 def prepare() -> Backend:
@@ -50,12 +58,16 @@ def prepare() -> Backend:
     EPYC cores, mlx 0.32.4). The number of threads is OpenBLAS's own affair (`OPENBLAS_NUM_THREADS`).
     """
     if mx.default_device() == mx.Device(mx.cpu):
-        return Backend("cpu", mx.float32, _cpu_blas())
+        return Backend("cpu", mx.float32, _cpu_blas(), _chip())
     if mx.metal.is_available():
-        return Backend("metal", mx.bfloat16)
+        return Backend("metal", mx.bfloat16, chip=_chip())
     # MLX reads it with the first computation.
     os.environ.setdefault(QUEUE_VARIABLE, QUEUE_MB)
-    return Backend("cuda", mx.bfloat16)
+    return Backend("cuda", mx.bfloat16, chip=_chip())
+
+
+def _chip() -> str:
+    return str(mx.device_info().get("device_name", ""))
 
 
 def _cpu_blas() -> str:
@@ -83,9 +95,16 @@ def _link_openblas() -> str | None:
     for address, name in found.items():
         if function := getattr(openblas, name, None):
             ctypes.c_void_p.from_address(address).value = ctypes.cast(function, ctypes.c_void_p).value
-    openblas.scipy_openblas_get_config.restype = ctypes.c_char_p
-    version = openblas.scipy_openblas_get_config().decode().split()[:2]
-    return f"{' '.join(version)} (scipy-openblas32)"
+    return _description(openblas)
+
+
+def _description(openblas: ctypes.CDLL) -> str:
+    """Return version, kernels and threads: with others, sums come out in another order."""
+    for name in ("config", "corename"):
+        getattr(openblas, f"scipy_openblas_get_{name}").restype = ctypes.c_char_p
+    release = openblas.scipy_openblas_get_config().decode().split()[1]
+    kernels, threads = openblas.scipy_openblas_get_corename().decode(), openblas.scipy_openblas_get_num_threads()
+    return f"OpenBLAS {release} (scipy-openblas32, {kernels}, threads: {threads})"
 
 
 class _LinkMap(ctypes.Structure):

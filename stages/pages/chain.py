@@ -44,12 +44,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a stage took when it made what it made, and with what."""
+    """How long a stage took when it made what it made, and with what; `device` is "" where that is not known."""
 
     stage: str
     seconds: float | None
     counts: str
     software: str
+    device: str
 
 
 def chain_of(record: Record) -> list[Link]:
@@ -72,9 +73,10 @@ def timings_of(record: Record) -> list[Timing]:
     for stage in STAGES:
         if stage in record.made:
             manifest = record.made[stage]
-            software = [f"{name} {each}" for name, each in manifest.provenance.items() if name != "seconds"]
-            seconds = _seconds(manifest.provenance.get("seconds", ""))
-            timings.append(Timing(stage, seconds, _counts(manifest), ", ".join(software)))
+            about = dict(manifest.provenance)
+            seconds, device = _seconds(about.pop("seconds", "")), about.pop("device", "")
+            software = ", ".join(f"{name} {each}" for name, each in about.items())
+            timings.append(Timing(stage, seconds, _counts(manifest), software, device))
     return timings
 
 

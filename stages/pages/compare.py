@@ -103,6 +103,7 @@ def _table(figures: Sequence[Figures]) -> list[tuple[str, list[str]]]:
         ("a step", [_or_none(each.seconds_per_step, duration) for each in figures]),
         ("peak memory", [_or_none(each.peak_bytes, size) for each in figures]),
         ("LoRA file", [_or_none(each.lora_bytes, size) for each in figures]),
+        ("trained on", [_or_none(each.device, str) for each in figures]),
     ]
     return [(name, values) for name, values in rows if set(values) != {ABSENT}]
 

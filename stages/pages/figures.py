@@ -16,7 +16,8 @@ from stages.pages.record import Record
 class Figures:
     """How a run went: None for what was not recorded. Losses are plain numbers, sizes are in bytes.
 
-    `loss` is smoothed; `validation` is the last one, `best` the least and the step it was measured at.
+    `loss` is smoothed; `validation` is the last one, `best` the least and the step it was measured at; `device` is
+    what trained.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Figures:
     seconds_per_step: float | None
     peak_bytes: int | None
     lora_bytes: int | None
+    device: str | None
 
 
 def figures_of(record: Record) -> Figures:
@@ -46,6 +48,7 @@ def figures_of(record: Record) -> Figures:
         seconds_per_step=float(np.median([value for _, value in seconds])) if seconds else None,
         peak_bytes=int(max(value for _, value in peaks)) if peaks else None,
         lora_bytes=lora.stat().st_size if lora.is_file() else None,
+        device=record.made["train"].provenance.get("device") if "train" in record.made else None,
     )
 
 

@@ -102,6 +102,7 @@ class Snapshot:
     ema: Mapping[str, Tensor] | None
     metadata: Mapping[str, str]
     metrics: Sequence[Mapping[str, float]]
+    computed_on: tuple[str, ...] = ()
 
 
 def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkpoint:
@@ -125,6 +126,7 @@ def write_checkpoint(store: Path, trajectory: str, snapshot: Snapshot) -> Checkp
             files={path.name: record(path) for path in sorted(work.iterdir())},
             self_digest="",
             ema=None if snapshot.ema is None else tensor_digest(snapshot.ema),
+            computed_on=snapshot.computed_on,
         )
         manifest = msgspec.structs.replace(manifest, self_digest=_self_digest(manifest))
         (work / MANIFEST).write_bytes(_written(manifest))

@@ -36,6 +36,10 @@ class Ranks:
         """Whether another process is the training that people see."""
         return self.rank > 0
 
+    def named(self, device: str) -> str:
+        """Return what computes: `device`, or as many of them as there are processes."""
+        return device if self.size == 1 else f"{self.size} processes, first on {device}"
+
     def check(self, settings: Train) -> None:
         """Raise BadConfig unless the micro-batches of a step can be shared out evenly."""
         if settings.gradient_accumulation % self.size:

@@ -59,7 +59,9 @@ class Instruments:
 class Recorder:
     """What is kept while training goes on: live metrics, checkpoints, their LoRA files and pictures."""
 
-    def __init__(self, job: Job, plan: Plan, trainer: Trainer, bar: Progress, instruments: Instruments) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, trainer: Trainer, bar: Progress, instruments: Instruments, device: str
+    ) -> None:
         self._job = job
         self._plan = plan
         self._trainer = trainer
@@ -69,6 +71,7 @@ class Recorder:
         self._collapse = None if validation is None else Collapse(validation, job.warn)
         self._profile = instruments.profile
         self._trackers = instruments.trackers
+        self._device = device
         # Lines since the last checkpoint, which holds all before it: memory does not grow with the training.
         self._recent: list[Line] = []
         self._live = job.run_folder / results.METRICS
@@ -134,6 +137,7 @@ class Recorder:
             ema=None if average is None else self._file(average),
             metadata=metadata(saved_rank(settings), self._provenance(step)),
             metrics=history,
+            computed_on=self._computed_on(),
         )
         self.last = write_checkpoint(self._job.store, trajectory_of(self._plan.params, self._plan.inputs), snapshot)
         self._recent = [line for line in self._recent if line["step"] > step]
@@ -148,6 +152,10 @@ class Recorder:
             self._draw(lora, step, digest)
         if settings.rotation is not None:
             rotate(self._job.store, self._job.run_folder, settings.rotation, self.last, history)
+
+    def _computed_on(self) -> tuple[str, ...]:
+        before = (self._device,) if self.last is None else self.last.manifest.computed_on
+        return (*before, self._device) if before and self._device not in before else before
 
     def _provenance(self, step: int) -> dict[str, str]:
         held = held_as(self._trainer.transformer)

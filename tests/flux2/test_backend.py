@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from importlib.metadata import version
 
 import mlx.core as mx
 import numpy as np
@@ -48,6 +49,16 @@ def test_conv_and_batched_matmul_use_the_prepared_blas_rightly() -> None:
 
 def test_preparing_twice_gives_the_same_backend() -> None:
     assert backend.prepare() == backend.prepare()
+
+
+def test_name_holds_what_decides_the_bits_of_a_result() -> None:
+    prepared = backend.prepare()
+    dtype = str(prepared.compute_dtype).removeprefix("mlx.core.")
+    for part in (prepared.device, prepared.chip, f"mlx {version('mlx')}", dtype, prepared.blas or ""):
+        assert part in prepared.name
+    if prepared.blas is not None and prepared.blas.startswith("OpenBLAS"):
+        threads = int(os.environ.get("OPENBLAS_NUM_THREADS") or os.cpu_count() or 1)
+        assert f"threads: {threads})" in prepared.name
 
 
 def test_missing_openblas_is_named_and_not_an_error(monkeypatch) -> None:

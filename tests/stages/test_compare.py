@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.flux2.backend import prepare
 from stages.pages.compare import better
 from stages.pages.figures import Figures
 from stages.pages.record import Record, Training
@@ -51,6 +52,7 @@ def test_page_shows_what_differs_and_nothing_else(pair: Project) -> None:
         ["preview.prompts", "a red [trigger]", "a red [trigger], a dog"],
     ]
     assert ["steps", "4 of 4", "4 of 4"] in rows
+    assert ["trained on", *2 * [prepare().name]] in rows
 
 
 def test_same_prompt_stands_side_by_side_under_one_slider(pair: Project) -> None:
@@ -115,7 +117,7 @@ def record(name: str, held_out: str) -> Record:
 
 
 def figures(best: tuple[float, int] | None) -> Figures:
-    return Figures(8, 8, 1.0, None, best, None, None, None, None)
+    return Figures(8, 8, 1.0, None, best, None, None, None, None, None)
 
 
 def test_lower_validation_loss_is_the_better() -> None:

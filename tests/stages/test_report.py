@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from stages.contract.locks import hold
+from stages.flux2.backend import prepare
+from tests.faults import mutants
 from tests.pages.reading import Reading
 from tests.stages.project import Project, Ran, command, draw, edit, flip, listing, new_project, stop_after, truncate
 
@@ -83,6 +85,21 @@ def test_digests_are_those_of_the_chain(project: Project) -> None:
     assert "another than the run has now" not in page.one("ol", "chain").text
     [lora] = (project.store / "checkpoints").glob("*/2/manifest.json")
     assert msgspec.json.decode(lora.read_bytes())["lora"] in shown
+
+
+def test_what_computed_is_named_for_each_stage_that_did(project: Project) -> None:
+    page = read(report(project))
+    said = [each.text for each in page.all("p", "software") if "computed on" in each.text]
+    assert said == [f"encode-latents, encode-text, train: computed on {prepare().name}"]
+
+
+def test_run_from_before_devices_were_recorded_has_a_page(project: Project) -> None:
+    for stage in ("encode-latents", "encode-text", "train"):
+        folder = mutants.artifact(project, stage)
+        about = mutants.manifest_of(folder).provenance
+        mutants.resealed(folder, provenance={name: about[name] for name in about if name != "device"})
+    page = read(report(project))
+    assert [each.text for each in page.all("p", "software") if "computed on" in each.text] == []
 
 
 def test_link_that_is_broken_is_marked(project: Project) -> None:
