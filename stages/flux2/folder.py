@@ -6,6 +6,7 @@ On the fast path of every stage: only JSON is read, nothing heavy is imported.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Pla
         if override is None:
             assert root is not None
             return root / below
-        path = base_dir / Path(override).expanduser()
+        path = _located(override, base_dir)
         if not path.exists():
             raise NoResources(
                 "model.absent", "the path does not exist", where=str(path), fix="correct the path in [model]"
@@ -133,7 +134,7 @@ def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Pla
 
 
 def _root(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> Path | cache.Snapshot:
-    source, folder = spec.source, base_dir / Path(spec.source).expanduser()
+    source, folder = spec.source, _located(spec.source, base_dir)
     if spec.revision != cache.MAIN and (source in BUILT_IN or folder.exists()):
         raise BadConfig(
             "model.revision",
@@ -157,16 +158,25 @@ def _root(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> Path |
         return _snapshot(source, spec.revision)
     if re.fullmatch(r"[\w.-]+", source) and not source.startswith("."):
         known = [*BUILT_IN, *(row.hub_id for row in VARIANTS.values() if row.hub_id)]
+        near = [VARIANTS[name] for name in difflib.get_close_matches(source, VARIANTS, n=1)]
         raise BadConfig(
             "model.unknown",
             f"no model is called {source}, and no folder",
             where="model.source",
             why=f"expected a folder, a hub id or one of {', '.join(known)}",
-            fix="correct model.source",
+            fix=f'set model.source = "{near[0].hub_id or near[0].name}"' if near else "correct model.source",
         )
     raise NoResources(
         "model.absent", "the model folder does not exist", where=str(folder), fix="correct model.source"
     )
+
+
+def _located(name: str, base_dir: Path) -> Path:
+    """Return where a path of the configuration leads; `~` is the home folder, but of nobody known a plain name."""
+    try:
+        return base_dir / Path(name).expanduser()
+    except RuntimeError:
+        return base_dir / name
 
 
 def _snapshot(hub_id: str, revision: str) -> cache.Snapshot:

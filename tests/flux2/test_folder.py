@@ -158,7 +158,9 @@ def test_absent_path_of_a_part_is_said(klein: Path) -> None:
     assert "model.absent" in fault(NoResources, klein, autoencoder="nowhere.safetensors")
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "../x", "~/no-such-folder"])
+@pytest.mark.parametrize(
+    "source", ["./nowhere", "/nowhere/at/all", "a/b/c", "../x", "~/no-such-folder", "~no-such-user/x"]
+)
 def test_absent_folder_is_said(tmp_path: Path, source: str) -> None:
     with pytest.raises(NoResources, match=r"model\.absent.*does not exist"):
         open_model(Model(source=source), tmp_path, no_builtin)
@@ -237,6 +239,22 @@ def test_hub_id_not_in_the_cache_names_the_command_that_fetches_it(
     cache_model(tmp_path, revision)
     with pytest.raises(NoResources, match=f"fix: flux2-lora fetch {HUB_ID}"):
         open_model(Model(source=HUB_ID), tmp_path, no_builtin)
+
+
+@pytest.mark.parametrize(
+    ("source", "fix"),
+    [
+        ("klein-base-4b", 'set model.source = "black-forest-labs/FLUX.2-klein-base-4B"'),
+        ("flux2-micr", 'set model.source = "flux2-micro"'),
+        ("sdxl", "correct model.source"),
+    ],
+)
+def test_name_of_no_folder_is_an_error_that_says_what_to_call_the_model(
+    tmp_path: Path, source: str, fix: str
+) -> None:
+    with pytest.raises(BadConfig) as error:
+        open_model(Model(source=source), tmp_path, no_builtin)
+    assert (error.value.faults[0].code, error.value.faults[0].fix) == ("model.unknown", fix)
 
 
 JSON_FILES = (
