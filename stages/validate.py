@@ -51,7 +51,7 @@ class Validate:
         return Plan(settings, inputs)
 
     def build(self, job: Job, plan: Plan, work: Path) -> Built:
-        """Decode everything once; publish nothing when anything is wrong, unless `skip_bad`."""
+        """Decode what was never decoded before; publish nothing when anything is wrong, unless `skip_bad`."""
         for folder in (job.dataset, class_folder(job)):
             if folder is not None:
                 require_pictures(folder, "change [validate] and the model back, or name the pictures' folder there")
@@ -60,11 +60,17 @@ class Validate:
         decoders(job.config.validate.max_megapixels).start()
         from stages.console.messages import table
         from stages.console.progress import progress
+        from stages.dataset.inspections import Look
         from stages.dataset.items import build_items
 
         with progress(self.name, total=None, quiet=job.flags.quiet) as bar:
             dataset = build_items(
-                job.dataset, job.config.validate, plan.params["text_length"], bar.reach, class_folder(job)
+                job.dataset,
+                job.config.validate,
+                plan.params["text_length"],
+                bar.reach,
+                class_folder(job),
+                look=Look(memory=None if job.flags.force else job.digests),
             )
         if dataset.faults and not job.config.validate.skip_bad:
             raise RejectedInput.of(dataset.faults)
@@ -96,11 +102,17 @@ class Validate:
         for folder in (job.dataset, class_folder(job)):
             if folder is not None:
                 require_pictures(folder, "change [validate] and the model back, or name the pictures' folder there")
+        from stages.dataset.inspections import Look
         from stages.dataset.items import build_items
 
         settings = job.config.validate
         dataset = build_items(
-            job.dataset, settings, plan.params["text_length"], lambda *_: None, class_folder(job), glance=True
+            job.dataset,
+            settings,
+            plan.params["text_length"],
+            lambda *_: None,
+            class_folder(job),
+            look=Look(glance=True, memory=job.digests),
         )
         for fault in dataset.faults:
             job.warn(f"{'will be left out' if settings.skip_bad else 'validate will refuse'}: {fault.line()}")

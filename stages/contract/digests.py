@@ -10,7 +10,7 @@ import errno
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from os import fstat, stat_result
@@ -107,6 +107,17 @@ class StatCache:
     def recalled(self, what: str, paths: Sequence[Path]) -> str | None:
         """Return what is remembered under `what`; None where it would have to be computed."""
         return None if self._paranoid else self._recall([what]).get((what, _state(paths).text))
+
+    def recall(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the values of those of `names` that `remember` was told: their names say all they follow from."""
+        return (
+            {} if self._paranoid else {what: value for (what, stat), value in self._recall(names).items() if not stat}
+        )
+
+    def remember(self, values: Mapping[str, str]) -> None:
+        """Remember values that follow from their names alone, such as what was found in bytes of a digest."""
+        if values and not self._look_only:
+            self._remember([(what, "", value) for what, value in values.items()])
 
     def many(self, asked: Sequence[tuple[str, Sequence[Path], Callable[[], str]]]) -> list[str]:
         """Return the value of each (what, paths, compute), in order."""

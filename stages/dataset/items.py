@@ -21,9 +21,9 @@ from schemas.validate import Repeat, Validate
 from stages.contract.digests import digest_of
 from stages.dataset.buckets import Bucket, choose, fills, shape_fault
 from stages.dataset.captions import TRIGGER, Captions, caption_id, read_captions, with_trigger
-from stages.dataset.decoder import decoders
 from stages.dataset.discover import Discovery, discover
 from stages.dataset.draws import Draw
+from stages.dataset.inspections import ANEW, Look
 from stages.dataset.masks import Mask, find_masks
 from stages.dataset.pixels import Inspected, plan
 from stages.dataset.statistics import Statistics, histogram, spread
@@ -89,16 +89,17 @@ def build_items(
     on_progress: Callable[[int, int], None],
     class_folder: Path | None = None,
     *,
-    glance: bool = False,
+    look: Look = ANEW,
 ) -> Dataset:
     """Return the items of a folder and all its faults; pictures in `class_folder` are of the class.
 
-    With `glance` the headers of pictures are believed: the same items, but damage in the pixels is not found.
+    `look` says how pictures are looked at; with a glance the items are the same, but damage in the pixels is not
+    found.
 
     `text_length` is the model's number of text tokens (a tie-break between buckets); `on_progress(done, total)` is
     called from this thread. Raises BadConfig when the folder does not exist, or a pattern of repeats matches nothing.
     """
-    surveys = [_survey(folder, config, on_progress, glance=glance)]
+    surveys = [_survey(folder, config, on_progress, look)]
     if class_folder is not None:
         before = len(surveys[0].found.pictures)
         surveys.append(
@@ -107,7 +108,7 @@ def build_items(
                 class_folder,
                 config,
                 lambda done, total: on_progress(before + done, before + total),
-                glance=glance,
+                look,
             )
         )
     accepted = [picture for survey in surveys for picture in survey.pictures]
@@ -125,7 +126,7 @@ def build_items(
     )
 
 
-def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], None], *, glance: bool) -> _Survey:
+def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], None], look: Look) -> _Survey:
     found = discover(folder, masks=config.masks == "files")
     times = _times(found.pictures, config.repeats)
     lines = config.captions == "lines"
@@ -134,7 +135,7 @@ def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], No
     if not found.pictures and not found.refused:
         faults.append(_empty_fault(found))
     good: dict[str, Inspected] = {}
-    outcomes = decoders(config.max_megapixels).inspect(folder, found.pictures, glance=glance)
+    outcomes = look.inspect(folder, found.pictures, config.max_megapixels)
     for done, (picture, outcome) in enumerate(zip(found.pictures, outcomes, strict=True), 1):
         fault = outcome if isinstance(outcome, Fault) else shape_fault(picture, outcome.width, outcome.height)
         if fault is None and not isinstance(outcome, Fault):
@@ -143,7 +144,7 @@ def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], No
             faults.append(fault)
         on_progress(done, len(found.pictures))
     texts, trigger_faults = _triggered(captions, config)
-    masks, mask_faults = find_masks(folder, found.masks, good, config)
+    masks, mask_faults = find_masks(folder, found.masks, good, config, look)
     accepted = [
         _Picture(path, seen, texts[path], times[path], mask=masks[path])
         for path, seen in good.items()
@@ -153,11 +154,11 @@ def _survey(folder: Path, config: Validate, on_progress: Callable[[int, int], No
 
 
 def _class_survey(
-    folder: Path, class_folder: Path, config: Validate, on_progress: Callable[[int, int], None], *, glance: bool
+    folder: Path, class_folder: Path, config: Validate, on_progress: Callable[[int, int], None], look: Look
 ) -> _Survey:
     """Return what the folder of the class holds, its files named relative to the dataset."""
     plain = msgspec.structs.replace(config, trigger="", repeats=(), masks=None)
-    survey = _survey(class_folder, plain, on_progress, glance=glance)
+    survey = _survey(class_folder, plain, on_progress, look)
     beside = Path(os.path.relpath(class_folder.resolve(), folder.resolve())).as_posix()
     return _Survey(
         survey.found,

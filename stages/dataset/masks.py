@@ -10,8 +10,8 @@ from typing import assert_never
 
 from schemas.errors import Fault
 from schemas.validate import Validate
-from stages.dataset.decoder import decoders
 from stages.dataset.discover import masked_by, stem_of
+from stages.dataset.inspections import Look
 from stages.dataset.pixels import Inspected
 
 
@@ -24,7 +24,7 @@ class Mask:
 
 
 def find_masks(
-    folder: Path, files: Sequence[str], pictures: Mapping[str, Inspected], config: Validate
+    folder: Path, files: Sequence[str], pictures: Mapping[str, Inspected], config: Validate, look: Look
 ) -> tuple[dict[str, Mask], list[Fault]]:
     """Return the mask of every picture whose mask can be used, and the fault of each other."""
     masks = dict.fromkeys(pictures, Mask())
@@ -35,20 +35,22 @@ def find_masks(
             own = {path: Mask(path, seen.image_sha256) for path, seen in pictures.items() if seen.transparent}
             return masks | own, []
         case "files":
-            return _from_files(folder, files, pictures, config.max_megapixels)
+            return _from_files(
+                pictures, dict(zip(files, look.inspect(folder, files, config.max_megapixels), strict=True))
+            )
         case _:
             assert_never(config.masks)
 
 
 def _from_files(
-    folder: Path, files: Sequence[str], pictures: Mapping[str, Inspected], max_megapixels: float
+    pictures: Mapping[str, Inspected], files: Mapping[str, Inspected | Fault]
 ) -> tuple[dict[str, Mask], list[Fault]]:
     by_stem: dict[str, list[str]] = defaultdict(list)
     for path in pictures:
         by_stem[stem_of(path)].append(path)
     masks = dict.fromkeys(pictures, Mask())
     faults: list[Fault] = []
-    for name, seen in zip(files, decoders(max_megapixels).inspect(folder, files), strict=True):
+    for name, seen in files.items():
         for path in by_stem[masked_by(name)]:
             outcome = _fitting(name, seen, pictures[path])
             if isinstance(outcome, Fault):

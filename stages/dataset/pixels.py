@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Raise this when the same plan would give other pixels: it is part of every item id and latent key.
 PLAN_VERSION = 1
+# Raise this when `inspect` would say something else of the same bytes: what it said is remembered.
+INSPECTION_VERSION = 1
 # Raise this when the same mask would give other cells.
 COVERAGE_VERSION = 1
 MAX_FILE_BYTES = 512 << 20

@@ -11,6 +11,7 @@ from PIL import Image
 
 from schemas.errors import BadConfig
 from schemas.validate import Validate
+from stages.dataset.inspections import Look
 from stages.dataset.items import Dataset, build_items
 from tests.dataset.corpus import bilevel_png, encoded, jpeg, png, scene, webp, write
 
@@ -270,10 +271,10 @@ def test_patterns_that_match_no_picture_are_all_refused(tmp_path: Path) -> None:
 def test_glance_gives_the_same_items_and_only_misses_damage_in_the_pixels(tmp_path: Path) -> None:
     config = msgspec.convert({"dataset": ".", "trigger": "zorb", "resolutions": (64, 128)}, Validate)
     whole = build_items(write(tmp_path, GOOD), config, 64, silent)
-    assert build_items(tmp_path, config, 64, silent, glance=True) == whole
+    assert build_items(tmp_path, config, 64, silent, look=Look(glance=True)) == whole
     data = png()
     write(tmp_path, {"a.png": data[:200] + bytes(20) + data[220:]})
     assert [fault.where for fault in build_items(tmp_path, config, 64, silent).faults] == ["a.png"]
-    glanced = build_items(tmp_path, config, 64, silent, glance=True)
+    glanced = build_items(tmp_path, config, 64, silent, look=Look(glance=True))
     assert glanced.faults == []
     assert len(glanced.items) == len(whole.items)
