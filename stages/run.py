@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from schemas import results
-from schemas.errors import BadConfig
+from schemas.errors import BadConfig, Fault
 from schemas.events import VARIABLE
 from schemas.manifest import Result
 from schemas.run import Config
@@ -38,6 +38,22 @@ from stages.contract.runner import STAGES
 from stages.flux2.variants import VARIANTS
 
 PIPELINE = "pipeline.toml"
+SUFFIX = ".safetensors"
+# The option that gives each setting which it could give a wrong value.
+OPTIONS = {
+    "run.seed": "--seed",
+    "validate.trigger": "--trigger",
+    "validate.resolutions": "--resolution",
+    "train.steps": "--max-steps",
+    "train.checkpoint_every": "--save-every-n-steps",
+    "train.rank": "--rank",
+    "train.alpha": "--rank",
+    "train.learning_rate": "--learning-rate",
+    "train.batch_size": "--batch-size",
+    "preview.prompts": "--validation-prompt",
+    "preview.seed": "--validation-seed",
+    "preview.size": "--validation-size",
+}
 # Exit codes above this are of processes that a signal stopped.
 SIGNALLED = 128
 HEADER = """# Written by `flux2-lora run`; {digest}
@@ -84,8 +100,33 @@ def run_name(output: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "-", output.stem.lower()).strip("-")[:64] or "lora"
 
 
-def write_pipeline(path: Path, tables: dict[str, Any]) -> Config:
-    """Write the TOML and return it as a configuration. Raises BadConfig when someone edited the one that is there."""
+def require_output(output: Path) -> None:
+    """Raise BadConfig, before hours of training, for what no LoRA can be written to."""
+    if output.suffix != SUFFIX or output.is_dir():
+        raise BadConfig("run.output", "no name for a LoRA file", where=str(output), fix=f"let it end in {SUFFIX}")
+
+
+def settled(tables: dict[str, Any]) -> Config:
+    """Return the tables as a configuration. Raises BadConfig in the words of the command line."""
+    import tomli_w
+
+    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        file.write(tomli_w.dumps(tables).encode())
+        file.flush()
+        try:
+            return load_config(Path(file.name))
+        except BadConfig as error:
+            raise BadConfig.of(map(_of_option, error.faults)) from error
+
+
+def _of_option(fault: Fault) -> Fault:
+    """Return a setting's fault as that of the option it was given by."""
+    option = next((option for name, option in OPTIONS.items() if fault.what.startswith(name)), None)
+    return fault if option is None else msgspec.structs.replace(fault, where=option, fix=f"correct {option}")
+
+
+def write_pipeline(path: Path, tables: dict[str, Any]) -> None:
+    """Write the TOML. Raises BadConfig when someone edited the one that is there."""
     import tomli_w
 
     body = tomli_w.dumps(tables)
@@ -100,21 +141,15 @@ def write_pipeline(path: Path, tables: dict[str, Any]) -> Config:
                 fix=f"run its stages with --config {path}, or delete it",
             )
     write_file(path, (HEADER.format(digest=sha256_bytes(body.encode())) + body).encode())
-    return load_config(path)
 
 
 def plan_only(options: dict[str, Any], name: str) -> tuple[Result, int]:
     """Tell what the pipeline would do, without leaving it anywhere; return that for programs, and the exit code."""
-    import tomli_w
-
     from stages.outlook.prospect import tell
 
     started = time.monotonic()
-    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
-        # As if it lay here: its own folder need not be there yet.
-        file.write(tomli_w.dumps(pipeline(options, name, Path())).encode())
-        file.flush()
-        config = load_config(Path(file.name))
+    # As if it lay here: its own folder need not be there yet.
+    config = settled(pipeline(options, name, Path()))
     job = Job(config, Path(PIPELINE), options["store"], options["runs"], look_only=True, warn=messages.warn)
     return tell(job, (), started)
 
@@ -234,13 +269,15 @@ def COMMAND(**options: Any) -> int:
         raise BadConfig(
             "dataset.absent", "no such folder of pictures", where=where, fix="name the folder of pictures"
         )
+    require_output(output)
     if options["plan"]:
         planned, code = plan_only(options, name)
         if options["json"]:
             messages.result(msgspec.json.encode(planned))
         return code
-    config_path = runs / name / PIPELINE
-    config = write_pipeline(config_path, pipeline(options, name, runs / name))
+    config_path, tables = runs / name / PIPELINE, pipeline(options, name, runs / name)
+    config = settled(tables)
+    write_pipeline(config_path, tables)
     messages.say(f"{config_path} says everything this run does")
     places = ["--store", str(store), "--runs", str(runs), *(["--quiet"] if options["quiet"] else [])]
     code, result = run_chain(config_path, places, quiet=options["quiet"])

@@ -1,0 +1,82 @@
+"""run: one command from a folder of pictures to a LoRA, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.stages.project import Project, Ran, command, listing, new_project
+
+STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
+TINY = ("--model", "flux2-micro", "--trigger", "zorb", "--resolution", "32", "--max-steps", "2", "--rank", "4")
+
+
+def run(project: Project, *more: str) -> Ran:
+    return command("run", str(project.pictures), *TINY, "--json", *more)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Pictures in the folder that commands are given in."""
+    made = new_project(tmp_path / "project")
+    monkeypatch.chdir(made.root)
+    return made
+
+
+def test_pictures_become_a_lora_and_the_same_command_again_does_nothing_twice(project: Project) -> None:
+    first = run(project, "--output", "made/zorb.safetensors")
+    assert first.code == 0, first.stderr
+    assert (first.result["status"], first.counts) == ("built", {"stages": 6, "steps": 2})
+    lora = (project.root / "made" / "zorb.safetensors").read_bytes()
+    assert (project.root / "runs" / "zorb" / "zorb.safetensors").read_bytes() == lora
+    (project.root / "made" / "zorb.safetensors").unlink()
+    again = run(project, "--output", "made/zorb.safetensors")
+    assert again.code == 0
+    assert [line.split()[0] for line in again.stderr.splitlines() if line.endswith("up to date")] == [*STAGES[:-1]]
+    assert (project.root / "made" / "zorb.safetensors").read_bytes() == lora
+
+
+def test_stage_that_fails_ends_the_run_with_its_fault_and_exit_code(project: Project) -> None:
+    os.truncate(project.pictures / "bob.png", 100)
+    ran = run(project)
+    assert (ran.code, ran.result["status"], ran.error) == (3, "failed", "picture.truncated")
+    assert "error[picture.truncated] the picture is cut off (bob.png)" in ran.stderr
+    assert "encode-latents" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (("--max-steps", "0"), "Expected int >= 1, found 0. fix: correct --max-steps"),
+        (("--resolution", "100"), "found [32, 100]. fix: correct --resolution"),
+        (("--rank", "2048"), "found 2048. fix: correct --rank"),
+        (("--validation-size", "100"), "found 100. fix: correct --validation-size"),
+        (("--seed", "-1"), "found -1. fix: correct --seed"),
+        (("--output", "."), "error[run.output] no name for a LoRA file (.). fix: let it end in .safetensors"),
+        (("--output", "lora"), "error[run.output] no name for a LoRA file (lora). fix: let it end in .safetensors"),
+        (("--output", "taken.safetensors"), "error[run.output]"),
+    ],
+)
+def test_wrong_option_is_named_before_anything_is_written(
+    project: Project, given: tuple[str, ...], found: str
+) -> None:
+    (project.root / "taken.safetensors").mkdir()
+    before = listing(project.root)
+    for more in ((), ("--plan",)):
+        ran = run(project, *given, *more)
+        assert ran.code == 2
+        assert found in ran.stderr
+    assert listing(project.root) == before
+
+
+def test_pipeline_that_somebody_edited_is_not_overwritten(project: Project) -> None:
+    path = project.root / "runs" / "lora" / "pipeline.toml"
+    os.truncate(project.pictures / "bob.png", 100)
+    assert (run(project).code, path.is_file()) == (3, True)
+    edited = path.read_text().replace("steps = 2", "steps = 3")
+    path.write_text(edited)
+    refused = run(project)
+    assert (refused.code, refused.error) == (2, "run.edited")
+    assert path.read_text() == edited
