@@ -171,6 +171,6 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _mean(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the mean seconds of the later half of the steps: the first ones start slowly, and one reads for two."""
+    """Return the mean seconds of the later half of the steps: the first ones start slowly."""
     found = [line["seconds"] for line in lines if line.get("seconds") is not None]
     return fmean(found[len(found) // 2 :]) if found else None

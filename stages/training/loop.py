@@ -120,7 +120,8 @@ class Loop:
                 raise
             why = str(error)
         else:
-            self._settle()
+            # Not now: on a CPU, launching this step took as long as computing it.
+            self._settle(self.trainer.ended)
             self._late = (step + 1, result, initial)
             self._starved = 0
             if self.at_once(step + 1):
@@ -279,29 +280,34 @@ class Loop:
             if read.class_text is not None
         ]
 
-    def _settle(self) -> None:
-        """Read the numbers of the last step. Raises Diverged after too many that are not finite."""
+    def _settle(self, ended: float | None = None) -> None:
+        """Read the numbers of the last step, which was over at `ended`, if that is known, else is now.
+
+        Raises Diverged after too many that are not finite.
+        """
         if self._late is None:
             return
         (step, result, initial), self._late = self._late, None
         loss, norm = float(np.array(result.loss)), float(np.array(result.grad_norm))
-        line = self._line(step, loss, result.learning_rate, norm)
+        line = self._line(step, loss, result.learning_rate, norm, ended)
         line |= {name: float(np.array(value)) for name, value in initial.items()}
         self._guards.step(line, finite=bool(np.array(result.finite)))
         self._hand_on(line)
 
-    def _line(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> Line:
-        began, self._began = self._began, time.monotonic()
+    def _line(self, step: int, loss: float, rate: float, grad_norm: float, ended: float | None = None) -> Line:
+        began, self._began = self._began, time.monotonic() if ended is None else ended
         return {
             "step": step,
             "loss": loss,
-            "learning_rate": learning_rate,
+            "learning_rate": rate,
             "grad_norm": grad_norm,
             "seconds": round(self._began - began, 4),
             "peak_bytes": mx.get_peak_memory(),
         }
 
     def _hand_on(self, line: Line) -> None:
+        heard = time.monotonic()
         with self.profile.phase(RECORD):
             self.on_line(line)
-        self._began = time.monotonic()
+        # What hearing it took is no part of the next step, which may run all the while.
+        self._began += time.monotonic() - heard

@@ -6,6 +6,7 @@ state saved and restored anywhere continues bit for bit on the same backend.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ class Trainer:
         self.ranks = Ranks()
         self._steps = 0
         self._running: list[mx.array] = []
+        self._ended = 0.0
         self._gradient = _gradient(transformer, settings)
         self._apply = _apply(settings, limiter(transformer, settings.adapter.max_norm))
 
@@ -68,6 +70,11 @@ class Trainer:
     def steps(self) -> int:
         """Optimizer steps taken so far, skipped ones included: the index of the next step."""
         return self._steps
+
+    @property
+    def ended(self) -> float:
+        """When the step before the one launched last was over, as time.monotonic() says it."""
+        return self._ended
 
     @property
     def transformer(self) -> Transformer:
@@ -156,6 +163,7 @@ class Trainer:
         # this one then runs while the host prepares and builds the next.
         with self.profile.computing():
             mx.eval(self._running)
+            self._ended = time.monotonic()
             mx.async_eval(arrays)
         self._running = arrays
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def test_run_stopped_as_often_as_possible_leaves_no_trace(run: Run, unbroken: Ru
 def test_checkpoints_fall_on_every_nth_step_and_the_last(unbroken: Run) -> None:
     assert unbroken.checkpoints == [(3, True), (6, True), (8, True)]
     assert [line["step"] for line in unbroken.lines] == list(range(1, STEPS + 1))
+
+
+def test_every_line_tells_the_seconds_of_its_own_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before a checkpoint too, where launching a step takes as long as the step does, as on a CPU."""
+    now = [100.0]
+
+    def launched(arrays: list[mx.array]) -> None:
+        now[0] += 2.0
+        mx.eval(arrays)
+
+    monkeypatch.setattr(mx, "async_eval", launched)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    run.go()
+    assert [line["seconds"] for line in run.lines] == [2.0] * STEPS
 
 
 def test_number_of_checkpoints_changes_nothing(run: Run, unbroken: Run) -> None:
