@@ -127,4 +127,5 @@ def _said(before: int, left: int, made: dict[str, int]) -> str:
     if not before:
         return "nothing is damaged"
     told = ", ".join(f"{count} {name}" for name, count in made.items() if count)
-    return f"{before} things were wrong, {left} still are ({f'made again: {told}' if told else 'copies restored'})"
+    restored = "copies restored" if left < before else "nothing could be made again"
+    return f"{before} things were wrong, {left} still are ({f'made again: {told}' if told else restored})"

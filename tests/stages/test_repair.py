@@ -142,6 +142,7 @@ def test_what_nothing_can_be_made_from_stays_listed(project: Project) -> None:
     ran = repair(project)
     assert (ran.code, ran.error, ran.counts["left"]) == (4, "file.changed", 1)
     assert "--force" in ran.result["error"]["fix"]
+    assert ran.stderr.endswith("1 things were wrong, 1 still are (nothing could be made again)\n")
 
 
 def test_changed_dataset_is_no_damage_and_nothing_is_made_of_it(project: Project) -> None:
