@@ -87,15 +87,6 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class ModulePart:
-    """Rows of a canonical module: the `index`-th of `of` equal parts."""
-
-    module: str
-    index: int
-    of: int
-
-
-@dataclass(frozen=True)
 class Component:
     """How files spell one part of the model.
 
@@ -116,20 +107,6 @@ def diffusers_modules(module: str) -> list[str]:
         if name in modules and module == here.format(index) + name:
             return [there.format(index) + source for source in modules[name]]
     raise KeyError(module)
-
-
-def canonical_part(module: str) -> ModulePart | None:
-    """Return the rows of a canonical module that a diffusers transformer module is; None for an unknown name.
-
-    The final modulation is its own whole module, but with its halves swapped.
-    """
-    index = "".join(re.findall(r"_blocks\.(\d+)\.", module))
-    for here, there, modules in SCOPES:
-        for name, sources in modules.items():
-            for position, source in enumerate(sources):
-                if module == there.format(index) + source:
-                    return ModulePart(here.format(index) + name, position, len(sources))
-    return None
 
 
 def canonical_pieces(name: str) -> tuple[Piece, ...]:

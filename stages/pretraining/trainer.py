@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -37,16 +36,6 @@ OVERRUN = 1.15
 Loss = Callable[..., mx.array]
 State = tuple[dict[str, mx.array], ...]
 Draw = Callable[[int, int], Sequence[mx.array]]  # of pool and step
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a fit took; `losses` are (step, mean loss since the last look)."""
-
-    steps: int
-    seconds: float
-    step_milliseconds: dict[str, float]
-    losses: list[tuple[int, float]]
 
 
 class Vector:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schemas.errors import Damaged
-from stages.contract.digests import sha256_file
 from stages.flux2.text.prompts import PROMPT, Control, Text, template_of
 from stages.flux2.variants import TextEncoderConfig
 
@@ -61,11 +60,6 @@ class Tokenizer:
         ids = ids[: self._length]
         padding = [self._ids[self._template.pad.spelling]] * (self._length - len(ids))
         return TokenIds(tuple(padding + ids if self._template.pads_left else ids + padding), len(ids))
-
-
-def tokenizer_digest(path: Path) -> str:
-    """Return the hex sha256 of a `tokenizer.json`: all that token ids depend on besides the template."""
-    return sha256_file(path)
 
 
 def _read(path: Path) -> tuple[PlainTokenizer, dict[str, int]]:
