@@ -125,14 +125,15 @@ class Preview:
 
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Put every step's picture, and the latest, into the run folder. Raises Damaged for a changed one."""
-        from stages.training.copies import restore_proved
+        from stages.training.copies import know_together, restore_proved
 
         for name, entry in manifest.files.items():
             if name != INDEX:
                 restore_proved(job, folder / name, entry, job.run_folder / name, self.name)
         pictures = msgspec.json.decode((folder / INDEX).read_bytes(), type=list[Picture])
-        for each in pictures:
-            source = holder(each.fragment, job.stores) / each.fragment
+        placed = [(each, holder(each.fragment, job.stores) / each.fragment) for each in pictures]
+        know_together(job, (path for each, source in placed for path in (source, job.run_folder / each.file)))
+        for each, source in placed:
             restore_proved(job, source, manifest.fragments[each.fragment], job.run_folder / each.file, self.name)
         if pictures:
             latest = job.run_folder / results.preview(max(each.step for each in pictures))

@@ -126,13 +126,15 @@ class Train:
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Put the LoRA, its checkpoints, metrics and curves into the run folder. Raises Damaged."""
         from stages.training.checkpoints import public_checkpoints
-        from stages.training.copies import restore_proved
+        from stages.training.copies import know_together, restore_proved
 
         targets = {LORA: results.lora(job.run), EMA: results.ema(job.run)}
         for name, entry in manifest.files.items():
             restore_proved(job, folder / name, entry, job.run_folder / targets.get(name, name), self.name)
-        for checkpoint in public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every):
-            target = job.run_folder / results.checkpoint(checkpoint.step)
+        found = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
+        shown = [(checkpoint, job.run_folder / results.checkpoint(checkpoint.step)) for checkpoint in found]
+        know_together(job, (path for checkpoint, target in shown for path in (checkpoint.lora, target)))
+        for checkpoint, target in shown:
             try:
                 restore_proved(job, checkpoint.lora, checkpoint.manifest.files[LORA], target, self.name)
             except Damaged as error:

@@ -35,4 +35,5 @@ BARS = {
     "M4": "100,000 pictures: validate takes at most 120 s and 1 GB, and leaves at most 2,000 files in the store",
     "M5": "100,000 pictures, one changed: one is encoded",
     "M6": "100,000 pictures: verify --quick takes at most 10 s",
+    "M7": "1,000 checkpoints in the run folder: training starts, and verify --quick ends, within 5 s",
 }

@@ -5,23 +5,31 @@ The latents are made up, which takes a tenth of the time; everything else is as 
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from schemas import results
 from stages import encode_latents
+from stages.contract import digests
+from stages.contract.digests import StatCache
 from stages.flux2.variants import MICRO
+from stages.stores.tensors import TENSOR_DIGEST, load
+from stages.training.checkpoints import Snapshot, list_checkpoints, write_checkpoint
+from stages.training.step import STEPS
 from tests.faults.conftest import Count, Measured
 from tests.stages.project import MAKING, Project, edit, listing, new_project
 
 PICTURES = 100_000
+CHECKPOINTS = 1_000
 # From the end of the first stage.
 SETTLED_SECONDS = 600
 STAGES = (("validate",), ("encode-latents",), ("encode-text",), ("train",), ("preview",), ("verify", "--quick"))
@@ -154,3 +162,72 @@ def test_of_many_pictures_only_the_changed_one_is_encoded(many: Many, measured: 
     counts = ran["encode-latents"].counts
     measured("M5", f"{counts['encoded']} of {many.pictures} encoded, {time.monotonic() - started:.1f} s")
     assert counts == {"total": many.pictures, "encoded": 1, "reused": many.pictures - 1}
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory, count: Count) -> tuple[Project, int]:
+    """A run with a checkpoint of every one of its steps, all but the first two made up."""
+    project = new_project(tmp_path_factory.mktemp("long") / "project")
+    edit(project.config, "steps = 4", "steps = 2")
+    edit(project.config, "checkpoint_every = 2", "checkpoint_every = 1")
+    edit(project.config, "rank = 4", 'rank = 1\ntargets = "attention"')
+    edit(project.config, 'prompts = ["a red [trigger]"]', "prompts = []")
+    project.make("validate", "encode-latents", "encode-text", "train")
+    (folder,) = (project.store / "checkpoints").iterdir()
+    last, most = list_checkpoints([project.store], folder.name)[-1], count(20, CHECKPOINTS)
+    lora, state, metrics = load(last.lora), dict(last.state()), last.metrics()
+    metadata = {name: text for name, text in lora.metadata.items() if name != TENSOR_DIGEST}
+    (first, changing), *_ = lora.tensors.items()
+    for step in range(3, most + 1):
+        metrics.append({**metrics[-1], "step": step})
+        state[STEPS] = replace(state[STEPS], data=np.array(step, np.uint64))
+        # No two may hold the same numbers: nothing would have been learnt between.
+        data = np.append(np.ravel(changing.data)[1:], np.array(step, changing.data.dtype)).reshape(
+            changing.data.shape
+        )
+        tensors = {**lora.tensors, first: replace(changing, data=data)}
+        snapshot = Snapshot(
+            step, public=True, state=state, lora=tensors, ema=None, metadata=metadata, metrics=metrics
+        )
+        made = write_checkpoint(project.store, folder.name, snapshot)
+        shutil.copyfile(made.lora, project.results / results.checkpoint(step))
+    edit(project.config, "\nsteps = 2\nbatch", f"\nsteps = {most}\nbatch")
+    return project, most
+
+
+@pytest.mark.bar("M7")
+def test_many_checkpoints_are_no_burden(long: tuple[Project, int], measured: Measured) -> None:
+    project, checkpoints = long
+    # Nothing is remembered of any checkpoint, then all of it.
+    costs = {"finish": spawn(project, "train"), "ask again": spawn(project, "train")}
+    edit(project.config, f"\nsteps = {checkpoints}\n", f"\nsteps = {checkpoints + 1}\n")
+    costs["one step more"] = spawn(project, "train")
+    project.make("preview")
+    costs["verify --quick"] = spawn(project, "verify", "--quick")
+    assert project.results.joinpath(results.checkpoint(checkpoints + 1)).is_file()
+    told = ", ".join(f"{name} {each.seconds:.1f} s ({each.busy_seconds:.1f} of work)" for name, each in costs.items())
+    measured("M7", f"{checkpoints} checkpoints: {told}")
+    assert max(each.busy_seconds for each in costs.values()) <= 5
+
+
+@pytest.mark.bar("M7")
+def test_digests_of_many_checkpoints_are_remembered_in_few_writes(
+    long: tuple[Project, int], measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write waits for the disk: one a checkpoint were half a minute."""
+    project, checkpoints = long
+    (project.store / "lookup" / "digests.sqlite").unlink()
+    writes: list[int] = []
+    remember = StatCache._remember
+
+    def counted(cache: StatCache, rows: Sequence[tuple[str, str, str]]) -> None:
+        writes.append(len(rows))
+        remember(cache, rows)
+
+    monkeypatch.setattr(StatCache, "_remember", counted)
+    # The files were made a moment ago.
+    monkeypatch.setattr(digests, "RACY_NS", 0)
+    assert project.make("train")["train"].status == "up to date"
+    measured("M7", f"{sum(writes)} digests in {len(writes)} writes")
+    assert sum(writes) > 2 * checkpoints
+    assert len(writes) <= 20
