@@ -75,9 +75,20 @@ class Damaged(StageError):
 
 
 class Stale(StageError):
-    """Lineage: an input artifact is missing or no longer matches what it was made from."""
+    """Lineage: an input artifact is missing or no longer matches what it was made from.
+
+    `stage` is the stage whose inputs changed, where that is why.
+    """
 
     exit_code = 5
+    stage: str = ""
+
+    @classmethod
+    def since(cls, stage: str, code: str, what: str, *, where: str, fix: str) -> Stale:
+        """Return the error that what `stage` read is not what it was."""
+        error = cls(code, what, where=where, fix=fix)
+        error.stage = stage
+        return error
 
 
 class Busy(StageError):

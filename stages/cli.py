@@ -19,7 +19,7 @@ from typing import Any
 import click
 import msgspec
 
-from schemas.errors import BadConfig, StageError, Stopped
+from schemas.errors import BadConfig, StageError, Stale, Stopped
 from schemas.manifest import Result, ResultError
 from schemas.version import VERSION
 from stages.console import messages
@@ -186,7 +186,12 @@ def _result(name: str, job: Job, started: float) -> tuple[Result, int]:
     if name == "verify":
         return importlib.import_module("stages.verify").run(job)
     stage = load_stage(name)
-    outcome = run_stage(stage, job)
+    try:
+        outcome = run_stage(stage, job)
+    except Stale as error:
+        from stages.outlook.reasons import explained
+
+        raise explained(error, job) from error
     if launched_rank() is not None and isinstance(stage, Parallel):
         stage.dismiss()
     findings = stage.findings(outcome.folder) if isinstance(stage, Findings) else msgspec.UNSET

@@ -331,9 +331,8 @@ def _proved(job: Job, path: Path, sha256: str) -> bytes:
     except OSError:
         data = b""
     if sha256_bytes(data) != sha256:
-        raise Stale(
-            "dataset.changed", "a picture changed since validate", where=str(path), fix=job.remedy("validate")
-        )
+        what = "a picture changed since validate"
+        raise Stale.since("validate", "dataset.changed", what, where=str(path), fix=job.remedy("validate"))
     return data
 
 

@@ -6,7 +6,7 @@ import importlib
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -156,9 +156,10 @@ def upstream(job: Job, name: str) -> tuple[Manifest, Path]:
     key = artifact_key(name, stage.version, stage.plan(job))
     folder = find(name, key, job.stores) or adopt(job, name, key)
     if folder is None:
-        receipt = read_receipt(job.run_folder, name)
-        what = f"{name} has not run" if receipt is None else f"the inputs of {name} changed since it ran"
-        raise Stale("input.missing" if receipt is None else "input.stale", what, where=job.run, fix=job.remedy(name))
+        if read_receipt(job.run_folder, name) is None:
+            raise Stale("input.missing", f"{name} has not run", where=job.run, fix=job.remedy(name))
+        what = f"the inputs of {name} changed since it ran"
+        raise Stale.since(name, "input.stale", what, where=job.run, fix=job.remedy(name))
     job.upstream[name] = (_read_whole(job, name, folder), folder)
     return job.upstream[name]
 
@@ -230,6 +231,8 @@ def _build(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outc
         work = space / "artifact"
         work.mkdir()
         built = stage.build(job, plan, work)
+        if isinstance(stage, Encoder):
+            _require_unmoved(stage, job, key)
         about = _provenance(started, built.device)
         manifest = write_manifest(work, (stage.name, stage.version, key), plan, built, about)
         folder = job.store / stage.name / key
@@ -238,6 +241,17 @@ def _build(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outc
         stage.restore(job, folder, manifest)
         write_receipt(job.run_folder, manifest)
     return Outcome(manifest, folder, built.counts, time.monotonic() - started, built=True)
+
+
+def _require_unmoved(stage: Stage, job: Job, key: str) -> None:
+    """Raise Stale when what a stage reads changed while it worked. Its records stay, each under what was read."""
+    if artifact_key(stage.name, stage.version, stage.plan(replace(job, upstream={}))) != key:
+        raise Stale(
+            "input.moving",
+            f"what {stage.name} reads changed while it worked",
+            where=job.run,
+            fix="run the same command again",
+        )
 
 
 def _locks(stage: Stage, job: Job, key: str) -> ExitStack:

@@ -35,7 +35,7 @@ def dataset_changes(dataset: Path, before: Path, now: Path, role: Role) -> Itera
         yield "picture", source, source, target
     for path in gone:
         if path not in moved:
-            yield "picture", path, "there", "removed"
+            yield "picture", path, "there", "refused" if (dataset / path).exists() else "removed"
     for path in come:
         if path not in moved.values():
             yield "picture", path, "not there", "added"

@@ -24,6 +24,15 @@ RUNS = "runs"
 CONTROL_LOCK = "/.control.lock"
 
 
+def published(store: Path, kind: str) -> int:
+    """Return how many records lie in fragments, by what these say of themselves."""
+    if kind == "embeddings":
+        from pyarrow import parquet
+
+        return sum(parquet.read_metadata(path).num_rows for path in store.glob(f"fragments/{kind}/*.parquet"))
+    return sum(json.loads(path.read_bytes())["shape"][0] for path in store.glob(f"fragments/{kind}/*/zarr.json"))
+
+
 def half_published(root: Path, reference: Path) -> list[str]:
     """Return what is wrong with what is published in the project at `root`; `reference` is one that never failed."""
     found = [*_store(root / "store", reference / "store")]

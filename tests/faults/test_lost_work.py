@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from tests.faults.children import Bench, result
 from tests.faults.conftest import Count, Measured
+from tests.faults.judge import published
 from tests.faults.points import calls, chosen
 from tests.faults.zygote import Fault
 
@@ -27,15 +25,6 @@ def counted(*arguments):
 module.{function} = counted
 """
 ENCODERS = {"encode-latents": ("_latent", "latents"), "encode-text": ("_embedding", "embeddings")}
-
-
-def published(store: Path, kind: str) -> int:
-    """Return how many records lie in fragments, by what these say of themselves."""
-    if kind == "embeddings":
-        from pyarrow import parquet
-
-        return sum(parquet.read_metadata(path).num_rows for path in store.glob(f"fragments/{kind}/*.parquet"))
-    return sum(json.loads(path.read_bytes())["shape"][0] for path in store.glob(f"fragments/{kind}/*/zarr.json"))
 
 
 @pytest.mark.bar("Q3")
