@@ -16,7 +16,7 @@ from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of, unknown
 from stages.contract.job import Job
 from stages.contract.runner import upstream
-from stages.dataset.captions import caption_id, prompt_with_trigger, with_class_word
+from stages.dataset.captions import TRIGGER, caption_id, prompt_with_trigger, with_class_word
 from stages.flux2.identity import model_of, model_without_making, text_encoder_digest, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class EncodeText:
         keys = {text: _embedding_key(plan, text) for _, _, text in wanted}
         known = _known(job, keys.values())
         missing = [text for text, key in keys.items() if key not in known]
+        if any(TRIGGER in text for text in plan.params["prompts"]):
+            job.warn(f"preview.prompts hold {TRIGGER}, and no validate.trigger is set: it is drawn to the letter")
         known |= _encode(job, missing, keys)
         rows = [_index_row(role, named, text, known[keys[text]]) for role, named, text in wanted]
         write_table(work / INDEX, EMBEDDING_INDEX, rows)

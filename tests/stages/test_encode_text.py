@@ -45,6 +45,17 @@ def test_prompts_in_another_order_are_the_same_texts(project: Project) -> None:
     assert ran.status == "up to date"
 
 
+def test_prompt_that_keeps_its_placeholder_is_warned_of(project: Project) -> None:
+    for path in project.pictures.glob("*.txt"):
+        path.write_text(f"a thing called {path.stem}")
+    ran = project.make(
+        "validate", "encode-text", sets=('validate.trigger=""', "preview.prompts=['a [trigger]', 'b']")
+    )
+    assert "warning: preview.prompts hold [trigger], and no validate.trigger is set" in ran["encode-text"].stderr
+    again = project.make("validate", "encode-text", sets=("preview.prompts=['a [trigger]', 'b']",))
+    assert "warning: " not in again["encode-text"].stderr
+
+
 def test_another_type_is_encoded_anew(project: Project) -> None:
     ran = project.make("encode-text", sets=("encode_text.dtype=float32",))["encode-text"]
     assert ran.counts == {"total": 6, "encoded": 6, "reused": 0}
