@@ -26,7 +26,8 @@ DT_PLTRELSZ, DT_STRTAB, DT_SYMTAB, DT_JMPREL = 2, 5, 6, 23
 RTLD_DI_LINKMAP = 2
 # MLX lets go of buffers when the work that uses them is handed to the device. On CUDA it hands over by the gigabyte;
 # at 200 MB klein 4B peaks at 15.7, 11.0 instead of 20.6, 16.9 GB (512 px, checkpointed) and at 27.8, 14.2 instead of
-# 34.3, 21.0 GB (1024 px) in the same time; at 50 MB at 1 GB less, a tenth slower (one H200, mlx 0.32.4).
+# 34.3, 21.0 GB (1024 px), 9B at 22.1 instead of 28.4 GB (512 px, checkpointed), for up to 6 % more time at 1024 px.
+# 400 MB cost no time and 1.3 to 1.9 GB more (one H200, mlx 0.32.4).
 QUEUE_VARIABLE, QUEUE_MB = "MLX_MAX_MB_PER_BUFFER", "200"
 
 

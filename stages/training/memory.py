@@ -38,17 +38,15 @@ Remedy = tuple[dict[str, str], int]  # settings with the values that would fit, 
 # Of a number in the type that large matrices are multiplied in.
 ELEMENT_BYTES: dict[Device, int] = {"cpu": 4, "metal": 2, "cuda": 2}
 # Of a number of the largest packed matrix while it is multiplied with. CPU: fitted (unpacking alone takes 14, not
-# always at the peak). CUDA: three matrices in flight, not measured alone. Metal's kernel unpacks inside.
+# always at the peak). CUDA: three matrices in flight. Metal's kernel unpacks inside.
 UNPACKING_BYTES: dict[Device, int] = {"cpu": 8, "metal": 0, "cuda": 6}
-# Without gradients, fitted to MLX's peaks on the CPU within 10 %; not measured on GPUs. Of a transformer: streams of
-# T x D beside the scores. Of a text encoder: scores, hidden layers of its MLP, and how much more of a packed matrix,
-# since two are unpacked side by side. Of the autoencoder: planes of the picture's size for every channel of the first
-# level (encoder: always, and for each of its layers), of the first and of the second (decoder); most of them are what
-# the CPU unfolds for a convolution, of which GPUs are taken to need a sixth.
+# Without gradients. Of a transformer: streams of T x D beside the scores. Of a text encoder: scores, hidden layers of
+# its MLP, and how much more of a packed matrix, since two are unpacked side by side. Of the autoencoder: planes of
+# the picture's size for every channel of the first level (encoder: always, and for each of its layers), of the first
+# and of the second (decoder); most of them are what the CPU unfolds for a convolution.
 FORWARD_STREAMS = 44
 TEXT_SCORES, TEXT_HIDDEN, TEXT_UNPACKED = 2, 5, 3
 ENCODER_PLANES, DECODER_PLANES = (28, 10), (20, 29)
-UNFOLD: dict[Device, float] = {"cpu": 1, "metal": 1 / 6, "cuda": 1 / 6}
 FLOAT_BYTES = 4
 # By so much the estimate may be too large.
 TOLERANCE = 0.15
@@ -85,6 +83,30 @@ CHECKPOINTED: dict[Device, Costs] = {
     "cuda": Costs(1, 180, 0, 0, 0.5e9),
     "metal": Costs(11, 53, 0, 3),
     "cpu": Costs(11, 53, 0, 3),
+}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What computing without gradients holds on a device.
+
+    `encoder` and `decoder` are the shares of the CPU's planes; the bytes are buffers that queued work keeps, of a
+    text encoder whose weights are whole or packed, and of the autoencoder's halves.
+    """
+
+    encoder: float
+    decoder: float
+    text_bytes: float = 0.0
+    packed_text_bytes: float = 0.0
+    encoder_bytes: float = 0.0
+    decoder_bytes: float = 0.0
+
+
+# Fitted within 10 %: the CPU to small models, CUDA to the published ones on one H200. Metal is not measured.
+INFERENCE: dict[Device, Inference] = {
+    "cuda": Inference(1 / 5.3, 1 / 9.2, 0.7e9, 2.7e9, 0.85e9, 2.9e9),
+    "metal": Inference(1 / 6, 1 / 6),
+    "cpu": Inference(1, 1),
 }
 
 
@@ -157,16 +179,18 @@ def text_peak(config: TextEncoderConfig, packed: Packed, device: Device) -> int:
     scores = config.num_attention_heads * length**2
     activations = TEXT_SCORES * scores + TEXT_HIDDEN * length * config.intermediate_size
     shapes = text_encoder_shapes(config)
-    return (
-        bytes_of(shapes, packed, element) + TEXT_UNPACKED * unpacking(shapes, packed, device) + element * activations
-    )
+    costs = INFERENCE[device]
+    queued = costs.packed_text_bytes if packed else costs.text_bytes
+    kept = bytes_of(shapes, packed, element) + TEXT_UNPACKED * unpacking(shapes, packed, device)
+    return math.ceil(kept + element * activations + queued)
 
 
 def latents_peak(config: AutoencoderConfig, device: Device, pixels: int) -> int:
     """Return the peak of encoding a picture of so many pixels in bytes; always computed in float32."""
     weights = bytes_of(autoencoder_shapes(config, decoder=False), {}, FLOAT_BYTES)
     planes = (ENCODER_PLANES[0] + ENCODER_PLANES[1] * config.layers_per_block) * config.block_out_channels[0]
-    return weights + math.ceil(FLOAT_BYTES * pixels * planes * UNFOLD[device])
+    costs = INFERENCE[device]
+    return math.ceil(weights + FLOAT_BYTES * pixels * planes * costs.encoder + costs.encoder_bytes)
 
 
 def preview_peak(variant: Variant, packed: Packed, device: Device, size_px: int) -> int:
@@ -178,7 +202,8 @@ def preview_peak(variant: Variant, packed: Packed, device: Device, size_px: int)
     forward = element * (activations + scores) + PLAIN[device].in_flight_bytes
     first, second, *_ = variant.autoencoder.decoder_channels
     planes = DECODER_PLANES[0] * first + DECODER_PLANES[1] * second
-    decoding = FLOAT_BYTES * size_px**2 * planes * UNFOLD[device]
+    costs = INFERENCE[device]
+    decoding = FLOAT_BYTES * size_px**2 * planes * costs.decoder + costs.decoder_bytes
     decoder = bytes_of(autoencoder_shapes(variant.autoencoder, encoder=False), {}, FLOAT_BYTES)
     return held(transformer_shapes(config), packed, device) + decoder + math.ceil(max(forward, decoding))
 
