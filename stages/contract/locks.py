@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 from collections.abc import Callable, Generator
 from io import FileIO
 from pathlib import Path
 
-from schemas.errors import Busy, NoResources
-from stages.contract.publish import make_folder, no_resources
+from schemas.errors import Busy
+from stages.contract.publish import make_folder, no_resources, refuse_link, regular, take
 
 # Of who holds a lock, read for a message.
 MOST_BYTES = 1024
@@ -24,7 +23,7 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
     When another process has it: with `wait`, call `waiting` with who that is and block; else raise Busy.
     """
     with _opened(path) as file:
-        if not _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
+        if not take(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
             file.seek(0)
             holder = file.read(MOST_BYTES).decode("utf-8", "replace").strip() or "another process"
             if not wait:
@@ -36,7 +35,7 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
                     fix="let it finish, or wait for it with --wait",
                 )
             waiting(f"waiting for {holder}")
-            _take(file, fcntl.LOCK_EX, path)
+            take(file, fcntl.LOCK_EX, path)
         _say_who(file, f"pid {os.getpid()} on {os.uname().nodename}")
         try:
             yield
@@ -47,8 +46,9 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
 @contextlib.contextmanager
 def _opened(path: Path) -> Generator[FileIO]:
     with no_resources(path):
+        refuse_link(path.parent)
         make_folder(path.parent)
-        file = path.open("a+b", buffering=0)
+        file = FileIO(path, "a+", opener=regular)
     try:
         yield file
     finally:
@@ -64,22 +64,6 @@ def _say_who(file: FileIO, who: str) -> None:
         file.write(who.encode())
 
 
-def _take(file: FileIO, operation: int, path: Path) -> bool:
-    try:
-        fcntl.flock(file, operation)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise NoResources(
-            "lock.unsupported",
-            "this file system has no locks",
-            where=str(path),
-            why=str(error),
-            fix="put the store on a local disk (--store DIR)",
-        ) from error
-    return True
-
-
 @contextlib.contextmanager
 def share(path: Path, waiting: Callable[[str], None]) -> Generator[None]:
     """Hold the lock at `path` together with all who share it; while they do, nobody can `hold` it.
@@ -87,15 +71,18 @@ def share(path: Path, waiting: Callable[[str], None]) -> Generator[None]:
     Where its file cannot be made nobody can take anything away either, so there is nothing to wait for.
     """
     try:
-        if not path.exists():
-            make_folder(path.parent)
-            path.touch()
-        file = path.open("rb", buffering=0)
+        make_folder(path.parent)
+        file = FileIO(path, "r", opener=_made)
     except OSError:
         yield
         return
     with file:
-        if not _take(file, fcntl.LOCK_SH | fcntl.LOCK_NB, path):
-            waiting(f"waiting for {file.read().decode('utf-8', 'replace').strip() or 'another process'}")
-            _take(file, fcntl.LOCK_SH, path)
+        if not take(file, fcntl.LOCK_SH | fcntl.LOCK_NB, path):
+            waiting(f"waiting for {file.read(MOST_BYTES).decode('utf-8', 'replace').strip() or 'another process'}")
+            take(file, fcntl.LOCK_SH, path)
         yield
+
+
+def _made(path: str, flags: int) -> int:
+    """Open for reading what is made if need be: there it may be that only others can write."""
+    return regular(path, flags | os.O_CREAT)

@@ -11,13 +11,17 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO, Any
 
 from schemas.errors import BadConfig, NoResources
+from schemas.manifest import CONTRACT_VERSION
 from stages.contract.digests import sha256_file
+from stages.contract.formats import FORMAT, format_of, require_format
 
 TEMPORARY = ".tmp"
 
@@ -25,36 +29,84 @@ TEMPORARY = ".tmp"
 @contextlib.contextmanager
 def workspace(store: Path) -> Generator[Path]:
     """Yield a fresh folder below `<store>/.tmp`, removed afterwards; litter of dead processes is removed first."""
-    base = store / TEMPORARY
+    with no_resources(store / TEMPORARY):
+        claim(store)
+        with _fresh(store / TEMPORARY) as folder:
+            yield folder
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Generator[Path]:
+    """Yield a fresh folder as `workspace` does, for a `target` that lies in no store; on its filesystem."""
+    target = target.absolute()
+    base = target.parent / f".{target.name}{TEMPORARY}"
     with no_resources(base):
-        make_folder(base)
-        sweep(store)
-        with _held(base) as lock:
-            folder = lock.with_suffix("")
-            folder.mkdir()
-            try:
+        try:
+            with _fresh(base) as folder:
                 yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-                lock.unlink(missing_ok=True)
+        finally:
+            # Another process may be at work there too.
+            with contextlib.suppress(OSError):
+                base.rmdir()
+
+
+@contextlib.contextmanager
+def _fresh(base: Path) -> Generator[Path]:
+    refuse_link(base)
+    _sweep(base)
+    with _held(base) as lock:
+        folder = lock.with_suffix("")
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _held(base: Path) -> Generator[Path]:
     """Hold a new lock file as long as this process lives: what tells work in progress from litter."""
     while True:
+        make_folder(base)
         path = base / f"{uuid.uuid4().hex}.lock"
-        with path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            lock = path.open("w")
+        except FileNotFoundError:
+            # Whoever was done there removed the folder at this moment.
+            continue
+        with lock:
+            take(lock, fcntl.LOCK_EX, path)
             # Until it was held, somebody's sweep could take it for litter.
             if path.exists():
                 yield path
                 return
 
 
+def take(file: IO[Any], operation: int, path: Path) -> bool:
+    """Lock an open file by flock; False when another has it. Raises NoResources where there are no locks."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise NoResources(
+            "lock.unsupported",
+            "this file system has no locks",
+            where=str(path),
+            why=str(error),
+            fix="keep store and results on a local disk (--store DIR, --runs DIR)",
+        ) from error
+    return True
+
+
 def sweep(store: Path) -> None:
     """Remove the work folders in a store whose owner is gone; what cannot be removed is left for another time."""
-    for path in (store / TEMPORARY).glob("*.lock"):
+    _sweep(store / TEMPORARY)
+
+
+def _sweep(base: Path) -> None:
+    for path in base.glob("*.lock"):
         try:
             with path.open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +135,7 @@ def no_resources(path: Path) -> Generator[None]:
                 why=f"{free_bytes / 1e6:.0f} MB free",
                 fix="free some space and run the same command again; finished work is kept",
             ) from error
-        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
             raise NoResources(
                 "disk.in_the_way",
                 "cannot write there",
@@ -137,13 +189,16 @@ def write_file(target: Path, data: bytes) -> None:
 
 def _written(data: bytes, aside: Path, target: Path) -> bool:
     """One name for all writers, and a lock: what a killed process leaves, the next one overwrites."""
-    with open(aside, "ab", opener=_not_through_links) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(aside, "ab", opener=regular) as file:
         try:
+            take(file, fcntl.LOCK_EX, aside)
             if aside.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 return False
         except FileNotFoundError:
             return False
+        except NoResources:
+            aside.unlink()
+            raise
         try:
             # Not the file's own: that one gives up when a signal interrupts it.
             os.ftruncate(file.fileno(), 0)
@@ -157,8 +212,13 @@ def _written(data: bytes, aside: Path, target: Path) -> bool:
     return True
 
 
-def _not_through_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+def regular(path: str, flags: int) -> int:
+    """Open a file; raise OSError for a link, a pipe or a device that somebody put in its place."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "not a regular file", path)
+    return descriptor
 
 
 def sync(path: Path) -> None:

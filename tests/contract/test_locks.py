@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import Busy, NoResources
+from schemas.errors import BadConfig, Busy, NoResources
 from stages.contract import locks
-from stages.contract.locks import hold
+from stages.contract.locks import hold, share
 
 HOLD = """
 import sys
@@ -118,9 +119,57 @@ def test_file_in_place_of_the_lock_folder_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_full_disk_that_cannot_take_the_holders_name_does_not_stop_it(path: Path) -> None:
-    """On Linux every write to /dev/full fails for want of space; closing it would write again what is buffered."""
+def test_disk_that_cannot_take_the_holders_name_does_not_stop_it(path: Path) -> None:
+    """Where no file may grow every write fails; closing one would write again what is buffered."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with hold(path, wait=False, waiting=silent), pytest.raises(Busy), hold(path, wait=False, waiting=silent):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_link_in_place_of_a_lock_is_not_followed(path: Path, tmp_path: Path, *, there: bool) -> None:
+    victim = tmp_path / "victim"
+    if there:
+        victim.write_text("mine")
     path.parent.mkdir()
-    path.symlink_to("/dev/full")
-    with hold(path, wait=False, waiting=silent), pytest.raises(Busy), hold(path, wait=False, waiting=silent):
+    path.symlink_to(victim)
+    with pytest.raises(NoResources, match=r"disk\.in_the_way.*fix: "), hold(path, wait=False, waiting=silent):
         pass
+    with share(path, silent):
+        pass
+    assert victim.exists() == there
+    assert not there or victim.read_text() == "mine"
+
+
+def test_link_in_place_of_the_folder_of_locks_is_not_followed(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    path.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadConfig, match=r"output\.symlink"), hold(path, wait=False, waiting=silent):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_pipe_in_place_of_a_lock_keeps_nobody_waiting_for_its_other_end(path: Path) -> None:
+    path.parent.mkdir()
+    os.mkfifo(path)
+    in_the_way = pytest.raises(NoResources, match=r"disk\.in_the_way.*not a regular file")
+    with share(path, silent), in_the_way, hold(path, wait=False, waiting=silent):
+        pass
+
+
+def test_who_shares_a_lock_keeps_out_who_wants_it_alone(path: Path, holder: subprocess.Popen[str]) -> None:
+    told: list[str] = []
+
+    def waiting(who: str) -> None:
+        told.append(who)
+        assert holder.stdin is not None
+        holder.stdin.close()
+
+    with share(path, waiting), share(path, silent), pytest.raises(Busy), hold(path, wait=False, waiting=silent):
+        pass
+    assert [f"waiting for pid {holder.pid} on " in each for each in told] == [True]
