@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -32,8 +31,8 @@ from stages.contract.bundles import (
 )
 from stages.contract.digests import canonical_json, sha256_bytes
 from stages.contract.job import Job
-from stages.contract.publish import no_resources, publish_file, publish_folder
-from stages.contract.runner import upstream
+from stages.contract.publish import beside, publish_file, publish_folder
+from stages.contract.runner import reading, upstream
 from stages.dataset.stand_in import STAND_IN, contents
 from stages.flux2.identity import model_of
 from stages.flux2.variants import VARIANTS
@@ -125,8 +124,8 @@ def bundle(job: Job, output: Path, key: Path | None) -> tuple[str, int]:
         for name in sorted(records):
             yield name, written[name] if name in written else stored[name].read_bytes()
 
-    with no_resources(output), tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".bundle-") as space:
-        work = Path(space) / "bundle"
+    with beside(output) as space:
+        work = space / "bundle"
         if output.suffix == SUFFIX:
             write_zip(work, members())
             publish_file(work, output)
@@ -157,7 +156,8 @@ def COMMAND(**options: Any) -> int:
     ):
         fix = "name a new .zip file or folder, in a folder that exists"
         raise BadConfig("bundle.output", "a bundle cannot be written there", where=str(output), fix=fix)
-    digest, files = bundle(job, output, options["key"])
+    with reading(job):
+        digest, files = bundle(job, output, options["key"])
     messages.say(f"bundled {files} files{' and signed them' if options['key'] else ''}: {output}")
     if options["json"]:
         result = Result(

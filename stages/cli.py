@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -297,6 +298,9 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """Be the `flux2-lora` program."""
     sys.excepthook = _bug
+    # Who lets everybody write has not thought of it: what anyone can change, nobody could believe.
+    if (mask := os.umask(0o022)) & stat.S_IWOTH:
+        os.umask(mask)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -21,7 +21,7 @@ from stages.contract.artifacts import Plan
 from stages.contract.digests import canonical_json
 from stages.contract.job import Job
 from stages.contract.publish import workspace, write_file
-from stages.contract.runner import load_stage
+from stages.contract.runner import load_stage, reading
 
 if TYPE_CHECKING:
     from stages.stores.tensors import Tensor
@@ -124,11 +124,12 @@ def COMMAND(**options: Any) -> int:
     job, output, sigma_rel = job_of(options), options["output"], options["sigma_rel"]
     if output.suffix != SUFFIX:
         raise BadConfig("ema.output", "no name for a LoRA file", where=str(output), fix=f"let it end in {SUFFIX}")
-    plan = load_stage("train").plan(job)
-    found = averaged_checkpoints(job, plan)
-    about = made_of(job, found, sigma_rel)
-    tensors = average(job, plan, found, sigma_rel)
-    write(job, tensors, about, output)
+    with reading(job):
+        plan = load_stage("train").plan(job)
+        found = averaged_checkpoints(job, plan)
+        about = made_of(job, found, sigma_rel)
+        tensors = average(job, plan, found, sigma_rel)
+        write(job, tensors, about, output)
     messages.say(f"averaged the checkpoints of steps {', '.join(str(each.step) for each in found)}: {output}")
     if options["json"]:
         result = Result(

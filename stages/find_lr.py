@@ -21,6 +21,7 @@ from stages.console import messages
 from stages.console.invocation import PATH, job_of, places
 from stages.contract.job import Job
 from stages.contract.publish import write_file
+from stages.contract.runner import reading
 
 if TYPE_CHECKING:
     from stages.training.sweep import Found, Sweep
@@ -117,7 +118,8 @@ def COMMAND(**options: Any) -> int:
     job = job_of(options)
     settings = rising(job.config.train, options["steps"], options["lowest"], options["highest"])
     job.config = msgspec.structs.replace(job.config, train=settings)
-    taken = sweep(job, settings)
+    with reading(job):
+        taken = sweep(job, settings)
     judged = found(taken.rates, taken.losses, taken.start)
     _draw(taken, judged, options["output"])
     messages.say(f"suggested: --set train.learning_rate={judged.suggested:g}")

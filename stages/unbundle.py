@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from stages.contract.bundles import (
 )
 from stages.contract.config import load_config
 from stages.contract.digests import sha256_bytes
-from stages.contract.publish import make_folder, no_resources, publish_folder
+from stages.contract.publish import beside, no_resources, publish_folder
 
 HELP = """Unpack what flux2-lora bundle packed, once every byte of it is proved.
 
@@ -64,9 +63,8 @@ def unbundle(path: Path, target: Path, allowed: Path | None, *, unsigned: bool) 
     with opened(path) as (data, signature, members):
         by = "" if unsigned else require_word(data, signature, path, allowed)
         bundle = parse(data, path)
-        make_folder(target.absolute().parent)
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".unbundle-") as space:
-            work = Path(space) / "project"
+        with beside(target) as space:
+            work = space / "project"
             write_tree(work, members(bundle))
             manifests = check_artifacts(work, bundle)
             config = load_config(work / PIPELINE)

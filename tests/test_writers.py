@@ -50,8 +50,6 @@ ALLOWED = {
     "stages/validate.py": WORK,
     "stages/train.py": WORK,
     "stages/preview.py": WORK,
-    "stages/bundle.py": WORK,
-    "stages/unbundle.py": WORK,
     "stages/outlook/prospect.py": "a folder aside, gone at the end: nothing of the run's is touched",
     "stages/why.py": "a folder aside, gone at the end: nothing of the run's is touched",
     "stages/outlook/chain.py": "a folder aside, gone at the end: nothing of the run's is touched",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -31,7 +31,7 @@ from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.locks import hold, share
 from stages.contract.publish import no_resources, publish_folder, sweep, workspace
-from stages.contract.trust import adopt
+from stages.contract.trust import adopt, require_own
 
 STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
 PACKAGES = ("mlx", "numpy", "pillow", "zarr", "pyarrow", "tokenizers")
@@ -195,6 +195,7 @@ def follow_stage(name: str, job: Job) -> None:
 def run_stage(stage: Stage, job: Job) -> Outcome:
     """Run `stage` for `job`: nothing when its artifact is whole, else build and publish it."""
     started = time.monotonic()
+    require_own(job.store)
     plan = stage.plan(job)
     key = artifact_key(stage.name, stage.version, plan)
     if job.flags.explain:
@@ -202,6 +203,14 @@ def run_stage(stage: Stage, job: Job) -> Outcome:
     # Shared by all stages at work; what clears the store away wants it alone.
     with share(store_lock(job.store), job.say):
         return _run(stage, job, plan, key, started)
+
+
+@contextmanager
+def reading(job: Job) -> Generator[None]:
+    """Keep in place what lies in the store while a helper reads it. Raises Untrusted when others can write there."""
+    require_own(job.store)
+    with share(store_lock(job.store), job.say):
+        yield
 
 
 def store_lock(store: Path) -> Path:

@@ -37,14 +37,31 @@ class Statement(Strict, frozen=True):
 def distrusted(store: Path) -> str:
     """Return why the word of `store` does not count for itself; "" when it does, or is not there."""
     try:
-        status = store.stat()
+        status, folders = store.stat(), open_to_all(store)
     except OSError:
         return ""
     if status.st_uid not in (os.getuid(), 0):
         return f"it belongs to {_user(status.st_uid)}"
-    if status.st_mode & stat.S_IWOTH:
-        return "anyone may write to it"
-    return ""
+    return f"anyone may write to {folders[0]}" if folders else ""
+
+
+def open_to_all(store: Path) -> list[Path]:
+    """Return which of a store's folders, itself first, anyone on this machine can put something into."""
+    folders = [path for path in (store, *sorted(store.iterdir())) if path.is_dir()] if store.is_dir() else []
+    return [path for path in folders if path.stat().st_mode & stat.S_IWOTH]
+
+
+def require_own(store: Path) -> None:
+    """Raise Untrusted when the store that we write to may hold what somebody else put there."""
+    if why := distrusted(store):
+        raise Untrusted(
+            "trust.own_store",
+            "others can put into this store what they like",
+            where=str(store),
+            why=why,
+            fix="chmod o-w and chown it, if you trust what is in it; or start another (--store DIR), which can take "
+            f"from this one what people you trust signed (--also {store} --trust FILE)",
+        )
 
 
 def require_trust(also: Sequence[Path], allowed: Path | None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from schemas.errors import Damaged, Untrusted
 from stages.contract.artifacts import MANIFEST, holder
 from stages.contract.publish import TEMPORARY
+from stages.contract.trust import open_to_all
 from stages.inspection.findings import Artifact, Inspection
 
 DAY_SECONDS = 86_400
@@ -70,12 +71,10 @@ def _place(inspection: Inspection, path: Path, store: Path) -> None:
 def check_stores(inspection: Inspection) -> None:
     """Check that nobody but its owner can put anything into our store, and tell of what dead processes left."""
     job = inspection.job
-    kinds = [path for path in job.store.iterdir() if path.is_dir()] if job.store.is_dir() else []
-    for folder in (job.store, *sorted(kinds)):
-        inspection.checked += 1
-        if folder.is_dir() and folder.stat().st_mode & WORLD_WRITABLE:
-            what = "anyone on this machine can put files into the store"
-            inspection.error(Untrusted, "store.writable", what, folder, "chmod o-w that folder if you trust it")
+    inspection.checked += 1
+    for folder in open_to_all(job.store):
+        what = "anyone on this machine can put files into the store"
+        inspection.error(Untrusted, "store.writable", what, folder, "chmod o-w that folder if you trust it")
     if litter := [path for path in (job.store / TEMPORARY).glob("*") if is_litter(path)]:
         what = f"{len(litter)} things that dead processes left in {job.store / TEMPORARY}"
         inspection.hint("store.litter", what, "the next stage that makes anything removes them, and so does gc")
@@ -91,6 +90,7 @@ def is_litter(path: Path) -> bool:
     try:
         with lock.open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
+        # Held, or nobody knows: then it is not called dead.
         return False
     return True
