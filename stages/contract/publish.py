@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from schemas.errors import BadConfig, NoResources
-from schemas.manifest import CONTRACT_VERSION
 from stages.contract.digests import sha256_file
-from stages.contract.formats import FORMAT, format_of, require_format
 
 TEMPORARY = ".tmp"
 
@@ -29,10 +27,8 @@ TEMPORARY = ".tmp"
 @contextlib.contextmanager
 def workspace(store: Path) -> Generator[Path]:
     """Yield a fresh folder below `<store>/.tmp`, removed afterwards; litter of dead processes is removed first."""
-    with no_resources(store / TEMPORARY):
-        claim(store)
-        with _fresh(store / TEMPORARY) as folder:
-            yield folder
+    with no_resources(store / TEMPORARY), _fresh(store / TEMPORARY) as folder:
+        yield folder
 
 
 @contextlib.contextmanager
