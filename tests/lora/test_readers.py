@@ -69,10 +69,20 @@ def test_mflux_refuses_ranks_of_qkv_that_are_divisible_by_three(rank: int, expec
     assert verdicts(*pair(f"diffusion_model.{LINEAR1}"), rank=rank)["mflux"] == LOADS
 
 
-def test_scale_in_the_metadata_alone_is_lost_on_the_swift_app() -> None:
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "expected"),
+    [(8, False, OTHER), (16, False, LOADS), (4, True, LOADS), (16, True, OTHER)],
+)
+def test_scale_in_the_metadata_alone_is_lost_on_all_but_diffusers(alpha: int, rslora: bool, expected: str) -> None:  # noqa: FBT001
+    fields = {"transformer.r": 16, "transformer.lora_alpha": alpha, "transformer.use_rslora": rslora}
+    found = verdicts(*pair(f"diffusion_model.{QKV}"), lora_adapter_metadata=json.dumps(fields))
+    assert found == dict.fromkeys(ALL, expected) | {"diffusers": LOADS}
+
+
+def test_swift_app_takes_a_scale_that_is_said_by_its_own_names() -> None:
     scaled = json.dumps({"transformer.r": 16, "transformer.lora_alpha": 8})
-    found = verdicts(*pair(f"transformer.{TO_Q}"), lora_adapter_metadata=scaled)
-    assert (found["diffusers"], found["Swift app"]) == (LOADS, OTHER)
+    found = verdicts(*pair(f"transformer.{TO_Q}"), lora_adapter_metadata=scaled, lora_alpha="8", lora_rank="16")
+    assert found["Swift app"] == LOADS
 
 
 def test_names_of_no_flux2_linear_are_judged_by_nobody() -> None:

@@ -5,13 +5,13 @@ Facts of diffusers 0.42.1 (run), ComfyUI, ai-toolkit, mflux and flux-2-swift-mlx
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.lora.formats.scale import ADAPTER_METADATA
+from schemas.errors import Damaged
+from stages.lora.formats.scale import ADAPTER_METADATA, adapter_scale
 
 # Those that stand in front of a linear's name, longest first.
 PREFIXES = ("base_model.model.", "diffusion_model.", "lora_transformer_", "transformer.", "lora_unet_", "lycoris_")
@@ -105,7 +105,7 @@ def _comfyui(file: Spelling) -> tuple[Verdict, str]:
     known |= {(prefix, "diffusers") for prefix in ("transformer.", "lycoris_", "lora_transformer_", "")}
     if not known & _spelled(file):
         return "loads nothing", "it knows these names under other prefixes only"
-    return "loads", ""
+    return _at_scale_one(file)
 
 
 def _diffusers(file: Spelling) -> tuple[Verdict, str]:
@@ -134,7 +134,7 @@ def _ai_toolkit(file: Spelling) -> tuple[Verdict, str]:
         return "loads nothing", "it knows BFL names under diffusion_model. only"
     if file.down_up:
         return "loads nothing", "it knows lora_A and lora_B only"
-    return "loads", ""
+    return _at_scale_one(file)
 
 
 def _mflux(file: Spelling) -> tuple[Verdict, str]:
@@ -146,7 +146,7 @@ def _mflux(file: Spelling) -> tuple[Verdict, str]:
         return "refuses it", f"no {file.kind}"
     if threes := sorted({rank for key, rank in file.ranks.items() if QKV_A.search(key) and rank % 3 == 0}):
         return "refuses it", f"rank {threes[0]} of qkv is divisible by 3"
-    return "loads", "klein only"
+    return _at_scale_one(file, "klein only")
 
 
 def _swift(file: Spelling) -> tuple[Verdict, str]:
@@ -160,9 +160,15 @@ def _swift(file: Spelling) -> tuple[Verdict, str]:
         return "shows another picture", "it passes over alpha tensors"
     if "diffusers" in file.names and any("ff.linear_in" in key or "ff_context.linear_in" in key for key in file.keys):
         return "loads in part", "ff.linear_in and ff_context.linear_in are lost"
-    if _peft_scale(file.metadata) != 1.0 and "lora_alpha" not in file.metadata:
+    # It knows that scale by a name of its own.
+    return ("loads", "") if "lora_alpha" in file.metadata else _at_scale_one(file)
+
+
+def _at_scale_one(file: Spelling, why: str = "") -> tuple[Verdict, str]:
+    """Return the verdict on a program that passes over peft's configuration, which diffusers alone applies."""
+    if _peft_scale(file.metadata) != 1.0:
         return "shows another picture", f"it passes over the scale in {ADAPTER_METADATA}"
-    return "loads", ""
+    return "loads", why
 
 
 def _spelled(file: Spelling) -> set[tuple[str, str]]:
@@ -170,11 +176,10 @@ def _spelled(file: Spelling) -> set[tuple[str, str]]:
 
 
 def _peft_scale(metadata: Mapping[str, str]) -> float:
-    """Return alpha over rank as peft's configuration has it; 1 where there is none that can be read."""
+    """Return the scale of peft's configuration; 1 where there is none that can be read."""
     try:
-        fields = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-        return fields["transformer.lora_alpha"] / fields["transformer.r"]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        return adapter_scale(metadata, "", "")
+    except Damaged:
         return 1.0
 
 
