@@ -58,7 +58,8 @@ class Mask(Strict, frozen=True):
 class Output(Strict, frozen=True, tag_field="kind", tag="output"):
     """Keep what the base model makes of `class_word`: where the trigger stands, put it, and train to change nothing.
 
-    Every `every`-th step pays for a second pass over its pictures; its loss counts `weight` times.
+    Every `every`-th step pays for a second pass over its pictures; its loss counts `weight` times. Of a step's
+    `loss`, which the gradient is of, metrics say both parts: `loss_data` and `loss_preservation`.
     """
 
     class_word: Annotated[str, Meta(min_length=1, max_length=64)]

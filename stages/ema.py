@@ -64,13 +64,9 @@ def averaged_checkpoints(job: Job, plan: Plan) -> list[Checkpoint]:
 
 def average(job: Job, plan: Plan, found: Sequence[Checkpoint], sigma_rel: float) -> dict[str, Tensor]:
     """Return the tensors of the LoRA file. Raises Damaged for a checkpoint whose bytes changed."""
-    import mlx.core as mx
-
     from stages.flux2.backend import prepare
-    from stages.lora.formats.bfl import to_tensors
     from stages.lora.init_lora import ROLE
-    from stages.lora.merge import portable
-    from stages.stores.tensors import from_mlx, to_mlx
+    from stages.stores.tensors import to_mlx
     from stages.training.ema import post_hoc
     from stages.training.sources import make_trainer
 
@@ -82,9 +78,7 @@ def average(job: Job, plan: Plan, found: Sequence[Checkpoint], sigma_rel: float)
     for checkpoint in found:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in checkpoint.state().items()})
         saved.append((checkpoint.step, trainer.factors))
-    factors = portable(trainer.transformer, post_hoc(saved, sigma_rel=sigma_rel))
-    tensors = to_tensors(factors, dtype=getattr(mx, settings.save_dtype))
-    return {name: from_mlx(array) for name, array in tensors.items()}
+    return trainer.lora_file(post_hoc(saved, sigma_rel=sigma_rel))
 
 
 def made_of(job: Job, found: Sequence[Checkpoint], sigma_rel: float) -> dict[str, str]:

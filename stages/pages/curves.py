@@ -14,8 +14,13 @@ import numpy as np
 
 from stages.console.charts import CURVES, OUTLIERS_PERCENT, Curve, smoothed
 
+# Of the loss, where a training also holds its class.
+PARTS = (
+    Curve("loss_data", "loss of the pictures (faint: each step)", "tab:blue", smooth=True),
+    Curve("loss_preservation", "loss of holding the class (faint: each step)", "tab:brown", smooth=True),
+)
 SECONDS = Curve("seconds", "seconds per step (faint: each step)", "tab:purple", smooth=True)
-ALL = (*CURVES, SECONDS)
+ALL = (*CURVES, *PARTS, SECONDS)
 SIDE = 1000
 # More points than this, a screen cannot show.
 MOST_POINTS = 600
@@ -110,8 +115,9 @@ def _values(metrics: Metrics, curve: Curve, label: str, color: str) -> _Values:
 
 
 def _finite(value: object) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _usual(values: np.ndarray) -> tuple[float, float]:

@@ -28,12 +28,13 @@ from stages.training.memory import is_out_of_memory
 from stages.training.objective import joined, masked, prepare, preserving, silent_loss, with_prior
 from stages.training.profile import BUILD, READ, RECORD, SAVE, Profile
 from stages.training.randomness import distinct, dropped, uniform
-from stages.training.step import StepResult, Trainer
+from stages.training.step import PRESERVATION, StepResult, Trainer
 from stages.training.timesteps import Moment
 
 # In a row: another program may want the memory, or fill the disk, for a while.
 MOST_STARVED = 3
 MOST_UNSAVED = 3
+DATA = "loss_data"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Loop:
         try:
             with self.profile.phase(BUILD):
                 prepared = self._prepared(window, step)
-                result = self.trainer.step(prepared, window.share)
+                result = self.trainer.step(prepared, window.share, held=len(prepared) - len(window.batches))
                 initial = {SILENT: silent_loss(prepared, self.settings.loss)} if step < INITIAL_STEPS else {}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -290,9 +291,22 @@ class Loop:
         (step, result, initial), self._late = self._late, None
         loss, norm = float(np.array(result.loss)), float(np.array(result.grad_norm))
         line = self._line(step, loss, result.learning_rate, norm, ended)
+        line |= self._parts(loss, result)
         line |= {name: float(np.array(value)) for name, value in initial.items()}
         self._guards.step(line, finite=bool(np.array(result.finite)))
         self._hand_on(line)
+
+    def _parts(self, loss: float, result: StepResult) -> Line:
+        """Return what of the loss, which the gradient is of, comes from the pictures and what from holding the class.
+
+        Only where a training holds it at all; at steps that do not, all comes from the pictures.
+        """
+        if not isinstance(self.settings.preservation, Output):
+            return {}
+        if result.preservation is None:
+            return {DATA: loss}
+        held = float(np.array(result.preservation))
+        return {DATA: loss - held, PRESERVATION: held}
 
     def _line(self, step: int, loss: float, rate: float, grad_norm: float, ended: float | None = None) -> Line:
         began, self._began = self._began, time.monotonic() if ended is None else ended

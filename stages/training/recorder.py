@@ -22,12 +22,10 @@ from stages.contract.publish import no_resources, write_file
 from stages.flux2.identity import model_of
 from stages.flux2.load import load_autoencoder
 from stages.flux2.quantize import held_as
-from stages.lora.formats.bfl import metadata, to_tensors
+from stages.lora.formats.bfl import metadata
 from stages.lora.init_lora import ROLE
-from stages.lora.layer import Factors
-from stages.lora.merge import portable
 from stages.lora.targets import saved_rank
-from stages.stores.tensors import Tensor, from_mlx
+from stages.stores.tensors import from_mlx
 from stages.training.checkpoints import (
     Checkpoint,
     Snapshot,
@@ -133,8 +131,8 @@ class Recorder:
             step=step,
             public=public,
             state={name: from_mlx(array) for name, array in self._trainer.state().items()},
-            lora=self._file(self._trainer.factors),
-            ema=None if average is None else self._file(average),
+            lora=self._trainer.lora_file(self._trainer.factors),
+            ema=None if average is None else self._trainer.lora_file(average),
             metadata=metadata(saved_rank(settings), self._provenance(step)),
             metrics=history,
             computed_on=self._computed_on(),
@@ -169,12 +167,6 @@ class Recorder:
     def _tell(self, line: Line) -> None:
         for tracker in self._trackers:
             tracker.line(int(line["step"]), {name: value for name, value in line.items() if name != "step"})
-
-    def _file(self, factors: Factors) -> dict[str, Tensor]:
-        """Return the tensors of a LoRA file."""
-        dtype = getattr(mx, self._job.config.train.save_dtype)
-        tensors = to_tensors(portable(self._trainer.transformer, factors), dtype=dtype)
-        return {name: from_mlx(array) for name, array in tensors.items()}
 
     def _measured(self, step: int) -> Line:
         if self._validator is None or not self._validator.due(step):

@@ -17,8 +17,10 @@ import numpy as np
 from schemas.errors import Damaged
 from schemas.train import Train
 from stages.flux2.transformer import Transformer
+from stages.lora.formats.bfl import to_tensors
 from stages.lora.layer import Factors
-from stages.lora.merge import assign, draw_keys, dropping, limiter, trainable
+from stages.lora.merge import assign, draw_keys, dropping, limiter, portable, trainable
+from stages.stores.tensors import Tensor, from_mlx
 from stages.training.ema import initial_average, update_average
 from stages.training.objective import Batch, loss
 from stages.training.optimizers.choice import optimizer
@@ -30,7 +32,7 @@ from stages.training.schedules import learning_rate
 # As torch.nn.utils.clip_grad_norm_: keeps the quotient finite for a norm of zero.
 CLIP_EPS = 1e-6
 LORA, OPTIMIZER, EMA, STEPS = "lora.", "optimizer.", "ema.", "steps"
-LOSS = "loss"
+LOSS, PRESERVATION = "loss", "loss_preservation"
 
 Gradient = Callable[..., tuple[mx.array, Factors]]
 Apply = Callable[..., tuple[Factors, State, State, mx.array, mx.array]]
@@ -38,12 +40,16 @@ Apply = Callable[..., tuple[Factors, State, State, mx.array, mx.array]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was: lazy scalars, read them late; a step that is not `finite` changed no factor."""
+    """What a step was: lazy scalars, read them late; a step that is not `finite` changed no factor.
+
+    `preservation` is what the micro-batches that hold the class add to the loss; None where there were none.
+    """
 
     loss: mx.array
     grad_norm: mx.array
     finite: mx.array
     learning_rate: float
+    preservation: mx.array | None = None
 
 
 class Trainer:
@@ -91,23 +97,25 @@ class Trainer:
         """Their moving average; None when `ema` is off. Training goes on from the factors themselves."""
         return {name: self._average[name] for name in self._factors} if self._average else None
 
-    def step(self, batches: Sequence[Batch], share: float = 1.0) -> StepResult:
+    def step(self, batches: Sequence[Batch], share: float = 1.0, *, held: int = 0) -> StepResult:
         """Take one optimizer step over a window of micro-batches, in which every sample counts the same.
 
-        Of processes that train together each brings its own micro-batches, `share` of the step's samples.
+        The last `held` of them hold the class: the loss says their part by itself. Of processes that train together
+        each brings its own micro-batches, `share` of the step's samples.
         """
         settings = self._settings
         rate = learning_rate(settings.schedule, settings.peak_rate, self._steps, settings.steps)
-        total, gradients = self._accumulate(batches, share)
+        losses, gradients = self._accumulate(batches, share, held)
+        total = losses[LOSS]
         factors, state, average, norm, finite = self._apply(
             total, gradients, self._factors, self._optimizer, self._average, mx.array(rate)
         )
-        self._launch([total, norm, finite, *factors.values(), *state.values(), *average.values()])
+        self._launch([*losses.values(), norm, finite, *factors.values(), *state.values(), *average.values()])
         # Only now: a step that found no memory has changed nothing.
         self._factors, self._optimizer, self._average = factors, state, average
         self._steps += 1
         assign(self._transformer, self._factors)
-        return StepResult(total, norm, finite, rate)
+        return StepResult(total, norm, finite, rate, losses.get(PRESERVATION))
 
     def skip(self, steps: int = 1) -> None:
         """Count `steps` that were not taken, after `step` raised; a negative number takes skipped ones back."""
@@ -140,18 +148,26 @@ class Trainer:
         self._steps = int(np.array(state[STEPS]))
         assign(self._transformer, self._factors)
 
-    def _accumulate(self, batches: Sequence[Batch], share: float) -> tuple[mx.array, Factors]:
+    def _accumulate(self, batches: Sequence[Batch], share: float, held: int) -> tuple[dict[str, mx.array], Factors]:
         samples = sum(batch.latents.shape[0] for batch in batches)
         parts = [batch._replace(weights=batch.weights * (batch.latents.shape[0] / samples)) for batch in batches]
         total, gradients = self._gradient(self._factors, self._draw_keys(0), *parts[0])
+        values = [total]
         for index, part in enumerate(parts[1:], 1):
             # Tied behind the micro-batch before: else the graph may keep the activations of several at once.
             latents = mx.depends([part.latents], [total, *gradients.values()])[0]
             value, found = self._gradient(self._factors, self._draw_keys(index), *part._replace(latents=latents))
             total = total + value
+            values.append(value)
             gradients = {name: gradients[name] + found[name] for name in gradients}
-        gradients = self.ranks.total({**gradients, LOSS: total}, share)
-        return gradients.pop(LOSS), gradients
+        losses = {LOSS: total, **({PRESERVATION: mx.stack(values[-held:]).sum()} if held else {})}
+        gradients = self.ranks.total({**gradients, **losses}, share)
+        return {name: gradients.pop(name) for name in losses}, gradients
+
+    def lora_file(self, factors: Factors) -> dict[str, Tensor]:
+        """Return factors of these adapters as the tensors of the file that people use, of type `save_dtype`."""
+        tensors = to_tensors(portable(self._transformer, factors), dtype=getattr(mx, self._settings.save_dtype))
+        return {name: from_mlx(array) for name, array in tensors.items()}
 
     def _draw_keys(self, micro_batch: int) -> dict[str, mx.array]:
         spec = self._settings.adapter

@@ -9,6 +9,7 @@ import pytest
 
 from schemas.tables import EMBEDDING_INDEX
 from stages.dataset.captions import caption_id
+from stages.pages.curves import panels
 from stages.stores.tables import read_table
 from stages.stores.tensors import load, tensor_digest
 from tests.stages.project import COLORS, Project
@@ -35,9 +36,12 @@ def plain(encoded: Project, tmp_path_factory: pytest.TempPathFactory) -> Project
     return project
 
 
+def lines_of(project: Project) -> list[dict[str, float]]:
+    return [msgspec.json.decode(line) for line in (project.results / "metrics.jsonl").read_bytes().splitlines()]
+
+
 def losses(project: Project) -> list[float]:
-    lines = (project.results / "metrics.jsonl").read_bytes().splitlines()
-    return [msgspec.json.decode(line)["loss"] for line in lines]
+    return [line["loss"] for line in lines_of(project)]
 
 
 def test_every_caption_has_a_class_caption_under_its_id(preserving: tuple[Project, Path]) -> None:
@@ -55,11 +59,28 @@ def test_training_is_another_from_the_second_step_on(preserving: tuple[Project, 
     assert digests[0] != digests[1]
 
 
+def test_both_parts_of_the_loss_are_said_and_shown(preserving: tuple[Project, Path], plain: Project) -> None:
+    lines = lines_of(preserving[0])
+    for line in lines:
+        assert line["loss_data"] + line["loss_preservation"] == pytest.approx(line["loss"], rel=1e-6)
+    assert lines[0]["loss_preservation"] == pytest.approx(0.0, abs=1e-9)
+    assert all(line["loss_preservation"] > 0 for line in lines[1:])
+    # What holds the class is no part of it: the pictures' own loss is nearly that of a training without.
+    assert [line["loss_data"] for line in lines] == pytest.approx(losses(plain), rel=0.01)
+    assert not any("loss_data" in line or "loss_preservation" in line for line in lines_of(plain))
+    titles = {panel.title.partition(" (")[0] for panel in panels(lines)} - {
+        panel.title.partition(" (")[0] for panel in panels(lines_of(plain))
+    }
+    assert titles == {"loss of the pictures", "loss of holding the class"}
+
+
 def test_the_class_is_held_only_at_every_nth_step(plain: Project, untrained: Project) -> None:
     untrained.make(*STAGES, sets=('train.preservation={kind = "output", class_word = "cat", every = 3}', *PLAIN))
     held, free = losses(untrained), losses(plain)
     assert held[:3] == pytest.approx(free[:3], rel=1e-6)
     assert held[3] > free[3]
+    assert [line["step"] for line in lines_of(untrained) if "loss_preservation" in line] == [1, 4]
+    assert all("loss_data" in line for line in lines_of(untrained))
 
 
 def test_another_class_word_encodes_the_class_captions_again_and_nothing_else(untrained: Project) -> None:

@@ -126,8 +126,8 @@ def test_latents_that_overflow_end_the_run(tmp_path: Path, monkeypatch: pytest.M
 def test_weights_that_are_not_finite_are_not_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     apply = Trainer.step
 
-    def overflow(trainer: Trainer, batches: list[Batch], share: float) -> StepResult:
-        result = apply(trainer, batches)
+    def overflow(trainer: Trainer, batches: list[Batch], share: float, *, held: int) -> StepResult:
+        result = apply(trainer, batches, share, held=held)
         if trainer.steps == 3:
             state = trainer.state()
             trainer.load_state({name: array * 1e39 if "lora_A" in name else array for name, array in state.items()})

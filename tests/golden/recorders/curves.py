@@ -86,9 +86,9 @@ class Watched(Trainer):
 
     rows: list[list[float]]
 
-    def step(self, batches: Sequence[Batch], share: float = 1.0) -> StepResult:
+    def step(self, batches: Sequence[Batch], share: float = 1.0, *, held: int = 0) -> StepResult:
         """Take the step, and measure what went in and came out."""
-        result = super().step(batches, share)
+        result = super().step(batches, share, held=held)
         given = [[getattr(batch, name) for batch in batches] for name in GIVEN]
         came = [[mx.array(result.learning_rate)], [result.loss], [result.grad_norm]]
         after = [list(self.factors.values()), list((self.ema_factors or {}).values())]
