@@ -210,8 +210,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     backend = prepare()
     job.say(backend.line())
     # Patterns that match nothing are told before anything large is loaded.
-    sizes(model_of(job).variant.transformer, settings)
-    for line in portability(settings):
+    for line in portability(settings.adapter, sizes(model_of(job).variant.transformer, settings)):
         job.warn(line)
     if job.config.validate.masks is not None and settings.mask is None:
         job.warn("validate.masks prepares masks that nothing reads: add [train.mask], or leave validate.masks out")

@@ -14,10 +14,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from schemas.adapter import DoRA, LoKr, LoRA
+from schemas.adapter import Adapter, DoRA, LoKr, LoRA
 from schemas.errors import BadConfig, Fault
 from schemas.train import Train
 from stages.flux2.shapes import transformer_shapes
@@ -95,14 +95,16 @@ def saved_rank(settings: Train) -> int:
     return 2 * settings.rank if pissa else settings.rank
 
 
-def portability(settings: Train) -> list[str]:
+def portability(adapter: Adapter, targets: Mapping[str, Size]) -> list[str]:
     """Return what people should know before training: which programs will not show this LoRA as it was trained."""
-    if isinstance(settings.adapter, DoRA):
+    if isinstance(adapter, DoRA):
         return ["DoRA: diffusers drops dora_scale and shows another picture; ComfyUI reads it"]
-    if isinstance(settings.adapter, LoKr):
+    if isinstance(adapter, LoKr):
         return ["LoKr: ComfyUI and diffusers read it, mflux and the Swift app do not"]
-    ranks = {settings.rank, *(override.rank for override in settings.overrides)}
-    return [
+    outside = [name for name in targets if not name.startswith(BLOCKS)]
+    lines = [f"{', '.join(outside)}: mflux and the Swift app pass over these"] if outside else []
+    ranks = {size.rank for name, size in targets.items() if name.endswith(".qkv")}
+    return lines + [
         f"rank {rank} is divisible by 3: mflux cannot load such an adapter of qkv; take {rank - 1} or {rank + 1}"
         for rank in sorted(ranks)
         if rank % 3 == 0

@@ -42,6 +42,7 @@ LOADS, NOTHING, REFUSES, OTHER, PART = (
         (pair(f"base_model.model.{QKV}"), (NOTHING, LOADS, NOTHING, LOADS, LOADS)),
         (pair("lora_unet_double_blocks_0_img_attn_qkv", DOWN_UP), (LOADS, LOADS, NOTHING, LOADS, NOTHING)),
         (pair(f"diffusion_model.{LINEAR1}", DOWN_UP), (LOADS, NOTHING, NOTHING, LOADS, NOTHING)),
+        ([*pair(f"diffusion_model.{QKV}"), *pair("diffusion_model.img_in")], (LOADS, LOADS, LOADS, PART, PART)),
         (
             [*pair(f"diffusion_model.{LINEAR1}"), f"diffusion_model.{LINEAR1}.alpha"],
             (LOADS, REFUSES, LOADS, LOADS, OTHER),

@@ -146,13 +146,20 @@ def test_overrides_of_what_is_not_a_target_are_refused() -> None:
     ("settings", "lines"),
     [
         (Train(rank=16), []),
-        (Train(rank=48, overrides=(Override(pattern="*", rank=6, alpha=6.0),)), ["rank 6 is", "rank 48 is"]),
+        (Train(rank=48), ["rank 48 is"]),
+        (
+            Train(rank=48, overrides=(Override(pattern="*0.img_attn.qkv", rank=6, alpha=1.0),)),
+            ["rank 6 ", "rank 48 "],
+        ),
+        (Train(rank=48, overrides=(Override(pattern="*", rank=16, alpha=16.0),)), []),
+        (Train(rank=48, targets=("single_blocks.*",)), []),
+        (Train(targets="all"), ["img_in, txt_in, final_layer.linear: mflux and the Swift app"]),
         (Train(adapter=DoRA(), rank=6), ["DoRA: diffusers drops"]),
         (Train(adapter=LoKr(), rank=6), ["LoKr: ComfyUI and diffusers read it"]),
     ],
 )
 def test_programs_that_cannot_show_the_lora_are_named(settings: Train, lines: list[str]) -> None:
-    found = portability(settings)
+    found = portability(settings.adapter, sizes(KLEIN, settings))
     assert len(found) == len(lines)
     assert all(line.startswith(start) for line, start in zip(found, lines, strict=True))
 

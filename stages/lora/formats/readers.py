@@ -19,9 +19,11 @@ BFL = re.compile(r"(double_blocks|single_blocks|img_in|txt_in|time_in|guidance_i
 DIFFUSERS = re.compile(
     r"(transformer_blocks|single_transformer_blocks|x_embedder|context_embedder|proj_out|norm_out|time_guidance_embed)[._]"
 )
+INSIDE = re.compile(r"(double|single|transformer)_blocks[._]")
 QKV_A = re.compile(r"(img|txt)_attn[._]qkv\.lora_(A|down)\.weight")
 
 Verdict = Literal["loads", "loads in part", "shows another picture", "loads nothing", "refuses it", "not known"]
+OUTSIDE: tuple[Verdict, str] = "loads in part", "what lies outside the blocks is lost"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Spelling:
     def down_up(self) -> bool:
         """Whether factors are called lora_down and lora_up."""
         return any(suffix.startswith(("lora_down", "lora_up")) for suffix in self.suffixes)
+
+    @property
+    def outside(self) -> bool:
+        """Whether some linear lies outside the blocks."""
+        return not all(INSIDE.search(key) for key in self.keys)
 
     @property
     def alpha(self) -> bool:
@@ -146,7 +153,7 @@ def _mflux(file: Spelling) -> tuple[Verdict, str]:
         return "refuses it", f"no {file.kind}"
     if threes := sorted({rank for key, rank in file.ranks.items() if QKV_A.search(key) and rank % 3 == 0}):
         return "refuses it", f"rank {threes[0]} of qkv is divisible by 3"
-    return _at_scale_one(file, "klein only")
+    return OUTSIDE if file.outside else _at_scale_one(file, "klein only")
 
 
 def _swift(file: Spelling) -> tuple[Verdict, str]:
@@ -160,6 +167,8 @@ def _swift(file: Spelling) -> tuple[Verdict, str]:
         return "shows another picture", "it passes over alpha tensors"
     if "diffusers" in file.names and any("ff.linear_in" in key or "ff_context.linear_in" in key for key in file.keys):
         return "loads in part", "ff.linear_in and ff_context.linear_in are lost"
+    if file.outside:
+        return OUTSIDE
     # It knows that scale by a name of its own.
     return ("loads", "") if "lora_alpha" in file.metadata else _at_scale_one(file)
 
