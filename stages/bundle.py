@@ -144,7 +144,7 @@ def _stored(job: Job, manifest: Manifest, folder: Path) -> Iterator[tuple[str, P
 @click.option("--output", "-o", type=PATH, required=True, help="Where it goes: a .zip file, or a folder.")
 @click.option("--key", type=PATH, help="Sign it with this SSH key.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `bundle` command."""

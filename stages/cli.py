@@ -73,7 +73,7 @@ FLAGS = {
     "wait": "Wait for another process instead of failing.",
     "paranoid": "Read every file again; trust no remembered digest.",
     "json": "Print one JSON object on stdout.",
-    "quiet": "Print errors only.",
+    "quiet": "Print warnings and errors only.",
     "debug": "Show tracebacks.",
 }
 OWN_FLAGS = {

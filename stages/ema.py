@@ -107,7 +107,7 @@ def write(job: Job, tensors: Mapping[str, Tensor], about: Mapping[str, str], tar
 @click.option("--sigma-rel", type=WIDTH, default=0.1, help="Width of the average as a share of the training.")
 @click.option("--output", "-o", type=PATH, required=True, help="Where the LoRA goes, a .safetensors file.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `ema` command."""

@@ -170,7 +170,7 @@ def bring(name: str, revision: str, *, quiet: bool) -> tuple[Snapshot, dict[str,
 @click.argument("model")
 @click.option("--revision", default=cache.MAIN, help="A branch, tag or commit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(model: str, revision: str, *, as_json: bool, quiet: bool) -> int:
     """Be the `fetch` command."""

@@ -107,7 +107,7 @@ def sweep(job: Job, settings: Train) -> Sweep:
 @click.option("--steps", type=click.IntRange(10, 10_000), default=100, help="Steps to take at most.")
 @click.option("--output", "-o", type=PATH, default=Path("find-lr.png"), help="Where the chart goes.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `find-lr` command."""

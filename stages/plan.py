@@ -33,7 +33,7 @@ Example:
     "--bench", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="What bench --json printed here."
 )
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `plan` command."""

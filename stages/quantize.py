@@ -74,7 +74,7 @@ class Quantize:
 @click.command("quantize", help=HELP, context_settings={"max_content_width": 118})
 @click.option("--force", is_flag=True, help="Do the work again even if it is done.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `quantize` command."""

@@ -93,7 +93,7 @@ def _stands(job: Job, stage: Stage) -> bool:
 @click.command("repair", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.argument("findings", required=False)
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `repair` command."""

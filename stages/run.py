@@ -255,7 +255,7 @@ MODELS = f"One of {', '.join(VARIANTS)}; or a folder; or a hub id."
 @click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
 @click.option("--plan", is_flag=True, help="Say what it would do and take, then stop.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `run` command."""

@@ -31,7 +31,7 @@ Example:
 @click.argument("store", type=PATH)
 @click.option("--key", type=PATH, required=True, help="The SSH key; its public part is for the others.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `sign` command."""

@@ -80,7 +80,7 @@ def unbundle(path: Path, target: Path, allowed: Path | None, *, unsigned: bool) 
 @click.option("--trust", type=PATH, metavar="FILE", help="Whose signatures count.")
 @click.option("--unsigned", is_flag=True, help="Take it from whoever it is.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `unbundle` command."""
