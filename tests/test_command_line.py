@@ -229,9 +229,8 @@ def test_stage_before_its_input_ends_with_5_and_names_the_command(
     places = ["--store", str(tmp_path / "store"), "--runs", str(tmp_path / "runs")]
     code, out, err = answer(capfd, [name, "--config", str(DEMO), *places])
     assert (code, out) == (5, "")
-    assert re.search(
-        rf"error\[input\.missing\] \S+ has not run \(demo\)\. fix: flux2-lora \S+ --config {DEMO}\n", err
-    )
+    fix = rf"flux2-lora \S+ --config {DEMO} {' '.join(places)}"
+    assert re.search(rf"error\[input\.missing\] \S+ has not run \(demo\)\. fix: {fix}\n", err)
 
 
 def test_success_is_one_object_on_stdout_and_lines_for_people_on_stderr(
