@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from stages.stores.latents import LatentRow
 
 INDEX = "index.parquet"
+# Fragments of 64 come to this with 16,000 latents.
+MANY_FILES = 500
 
 
 class EncodeLatents:
@@ -110,6 +112,19 @@ class EncodeLatents:
 
     def restore(self, job: Job, folder: Path, manifest: Manifest) -> None:
         """Leave nothing in the run folder: latents are not looked at."""
+
+    def scattered(self, job: Job, manifest: Manifest, folder: Path) -> bool:
+        """Whether there are more than `MANY_FILES`, and fewer would do."""
+        from stages.inspection.compaction import scattered
+
+        return len(manifest.fragments) > MANY_FILES and scattered(job.store, folder, manifest)
+
+    def gather(self, job: Job, manifest: Manifest, folder: Path) -> Manifest:
+        """Store the latents in full fragments. Raises Damaged, NoResources."""
+        from stages.inspection.compaction import gather
+
+        job.say(f"putting {len(manifest.fragments)} files of fragments together")
+        return gather(job.store, folder, manifest)
 
     def roles_of(self, manifest: Manifest, folder: Path) -> Mapping[str, str]:
         """Return the digests of what training reads, from the indices in `folder`. Raises Damaged."""

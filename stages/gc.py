@@ -6,7 +6,6 @@ program made and could make again.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from schemas.errors import BadConfig
 from schemas.manifest import Result
 from stages.console import messages
 from stages.contract.locks import hold
-from stages.contract.publish import make_folder, no_resources, workspace, write_file
+from stages.contract.publish import make_folder, write_file
 from stages.contract.runner import store_lock
 from stages.inspection.compaction import compact, scattered
 from stages.inspection.lineage import MAKERS
-from stages.inspection.reachability import PINS, Reach, Thing, reached, unreachable
+from stages.inspection.reachability import PINS, Reach, Thing, reached, unreachable, withdraw
 
 HELP = """Show what in a store no run uses any more; with --delete, delete it.
 
@@ -55,17 +54,6 @@ def pin(store: Path, runs: Sequence[Path], name: str) -> Path:
         if (found[0] / each).is_file():
             write_file(target / each, (found[0] / each).read_bytes())
     return target
-
-
-def delete(store: Path, things: Sequence[Thing]) -> None:
-    """Delete things for good: each gone from its place in one rename, whatever happens after. Raises NoResources."""
-    with workspace(store) as space, no_resources(store):
-        for number, thing in enumerate(things):
-            moved = thing.path.rename(space / str(number))
-            if moved.is_dir() and not moved.is_symlink():
-                shutil.rmtree(moved)
-            else:
-                moved.unlink()
 
 
 def shown(things: Sequence[Thing]) -> list[tuple[str, str, str, str]]:
@@ -109,7 +97,7 @@ def collect(options: Mapping[str, Any]) -> tuple[Reach, list[Thing], dict[str, i
         reach = reached(store, runs) if act and small else reach
     things = unreachable(store, reach, options["older_than"])
     if act and things:
-        delete(store, things)
+        withdraw(store, [thing.path for thing in things])
         done["deleted"] = len(things)
     return reach, things, done
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
 
-from schemas.errors import BadConfig, Damaged, Fault, Stale
+from schemas.errors import BadConfig, Busy, Damaged, Fault, NoResources, Stale
 from schemas.manifest import Manifest
 from schemas.version import VERSION
 from stages.contract.artifacts import (
@@ -129,6 +129,19 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class Gathered(Protocol):
+    """A stage that can store what it made in fewer files, afterwards: while it works, a kill must cost little."""
+
+    def scattered(self, job: Job, manifest: Manifest, folder: Path) -> bool:
+        """Whether the artifact lies in so many files that they are a burden."""
+        ...
+
+    def gather(self, job: Job, manifest: Manifest, folder: Path) -> Manifest:
+        """Store the artifact in fewer files and return its new manifest; called while nobody else uses the store."""
+        ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one run of a stage came to."""
@@ -202,7 +215,21 @@ def run_stage(stage: Stage, job: Job) -> Outcome:
         _explain(stage, job, plan, key)
     # Shared by all stages at work; what clears the store away wants it alone.
     with share(store_lock(job.store), job.say):
-        return _run(stage, job, plan, key, started)
+        outcome = _run(stage, job, plan, key, started)
+    return _gathered(stage, job, outcome, started) if outcome.built else outcome
+
+
+def _gathered(stage: Stage, job: Job, outcome: Outcome, started: float) -> Outcome:
+    """Let a stage store what it made in fewer files; where others are at work that is left to `gc --compact`."""
+    if not isinstance(stage, Gathered) or not stage.scattered(job, outcome.manifest, outcome.folder):
+        return outcome
+    try:
+        with hold(store_lock(job.store), wait=False, waiting=job.say):
+            manifest = stage.gather(job, outcome.manifest, outcome.folder)
+    except (Busy, NoResources) as error:
+        job.warn(f"{error.faults[0].line()} ({stage.name} is done, in more files than it needs)")
+        return outcome
+    return replace(outcome, manifest=manifest, seconds=time.monotonic() - started)
 
 
 @contextmanager

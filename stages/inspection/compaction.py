@@ -1,7 +1,7 @@
-"""Fragments put together: records that came one by one are stored again in full fragments, under a new index.
+"""Fragments put together: records that came a few at a time are stored again in full fragments, under a new index.
 
-The artifact keeps its key and its digest, which never say where a record lies. The old fragments stay until nothing
-refers to them.
+The artifact keeps its key and its digest, which never say where a record lies. The old fragments stay as long as
+anything refers to them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from schemas.errors import Damaged, Stale
 from schemas.manifest import Manifest
-from stages.contract.artifacts import Built, Plan, write_manifest
+from stages.contract.artifacts import MANIFEST, Built, Plan, read_manifest, write_manifest
 from stages.contract.publish import publish_folder, workspace
+from stages.inspection.reachability import whole_fragment, withdraw
 from stages.inspection.tables import key_of
 
 if TYPE_CHECKING:
@@ -34,22 +37,51 @@ def scattered(store: Path, folder: Path, manifest: Manifest) -> bool:
         return False
     rows = [row for _, listed in _tables(folder, manifest) for row in listed]
     fragments = {row["fragment"] for row in rows}
-    return len(fragments) > sum(math.ceil(len(each) / _most()) for each in _groups(rows).values()) and all(
+    return len(fragments) > sum(math.ceil(len(each) / _most(each)) for each in _groups(rows).values()) and all(
         (store / name).exists() for name in fragments
     )
 
 
-def compact(store: Path, folder: Path, manifest: Manifest) -> None:
-    """Store the records of an artifact in full fragments and publish its index anew. Raises Damaged, NoResources."""
+def gather(store: Path, folder: Path, manifest: Manifest) -> Manifest:
+    """Compact an artifact that was just made, delete what nothing refers to any more, and return its new manifest.
+
+    The caller holds the store's lock alone. Raises Damaged, NoResources.
+    """
+    gathered = compact(store, folder, manifest)
+    # Beside an artifact that cannot be read nothing is known to be needless.
+    with suppress(Damaged, Stale):
+        withdraw(store, [store / name for name in sorted(_fragments(manifest) - _in_use(store, manifest.stage))])
+    return gathered
+
+
+def _in_use(store: Path, stage: str) -> set[str]:
+    """Return the fragments that any artifact of a stage refers to, whether or not a run still names it."""
+    return {
+        name
+        for path in (store / stage).iterdir()
+        if (path / MANIFEST).exists()
+        for name in _fragments(read_manifest(path))
+    }
+
+
+def _fragments(manifest: Manifest) -> set[str]:
+    return {whole_fragment(name) for name in manifest.fragments}
+
+
+def compact(store: Path, folder: Path, manifest: Manifest) -> Manifest:
+    """Store the records of an artifact in full fragments and publish its index anew; return its new manifest.
+
+    Raises Damaged, NoResources.
+    """
     from stages.stores.tables import write_table
 
     tables = _tables(folder, manifest)
     rows = [row for _, listed in tables for row in listed]
     stored: dict[str, Stored] = {}
     for records in _groups(rows).values():
-        keys = sorted(records)
-        for start in range(0, len(keys), _most()):
-            stored |= _store(store, [records[key] for key in keys[start : start + _most()]])
+        keys, most = sorted(records), _most(records)
+        for start in range(0, len(keys), most):
+            stored |= _store(store, [records[key] for key in keys[start : start + most]])
     with workspace(store) as space:
         work = space / "artifact"
         shutil.copytree(folder, work, ignore=shutil.ignore_patterns("manifest.json"))
@@ -63,14 +95,19 @@ def compact(store: Path, folder: Path, manifest: Manifest) -> None:
         files = {path.as_posix(): store for name in sorted(names) for path in _files(manifest.stage, name)}
         identity = (manifest.stage, manifest.version, manifest.key)
         built = Built(manifest.roles, manifest.counts, files)
-        write_manifest(work, identity, Plan(manifest.params, manifest.inputs), built, manifest.provenance)
+        gathered = write_manifest(work, identity, Plan(manifest.params, manifest.inputs), built, manifest.provenance)
         publish_folder(work, folder)
+    return gathered
 
 
-def _most() -> int:
-    from stages.stores.fragments import MOST_RECORDS
+def _most(records: Mapping[str, Row]) -> int:
+    """Return how many records of a group one fragment holds. Of texts no more: each read parses its part's footer."""
+    from stages.stores.fragments import LAYOUTS, MOST_RECORDS, full
 
-    return MOST_RECORDS
+    row = next(iter(records.values()))
+    if "latent_key" not in row:
+        return MOST_RECORDS
+    return full(row["channels"] * row["height"] * row["width"] * LAYOUTS[row["dtype"]].itemsize)
 
 
 def _tables(folder: Path, manifest: Manifest) -> list[tuple[Table, list[dict[str, Any]]]]:

@@ -5,6 +5,7 @@ A pin is a run whose receipts lie in `<store>/pins/<run>/`: it keeps what they n
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from schemas import results
 from schemas.errors import Damaged, Fault
 from schemas.manifest import Manifest
 from stages.contract.artifacts import read_manifest, read_receipt
-from stages.contract.publish import TEMPORARY
+from stages.contract.publish import TEMPORARY, no_resources, workspace
 from stages.flux2.prequantized import PARTS, kind
 from stages.inspection.files import is_litter
 from stages.inspection.lineage import MAKERS
@@ -97,7 +98,7 @@ def _add_run(reach: Reach, store: Path, folder: Path) -> None:
         if artifact.is_dir() and artifact not in reach.artifacts:
             manifest = read_manifest(artifact)
             reach.artifacts[artifact] = manifest
-            reach.fragments |= {_whole_fragment(name) for name in manifest.fragments}
+            reach.fragments |= {whole_fragment(name) for name in manifest.fragments}
             reach.weights |= _weights(manifest)
             if stage == "train":
                 reach.trajectories.add(trajectory_of(manifest.params, manifest.inputs))
@@ -117,7 +118,7 @@ def _weights(manifest: Manifest) -> set[tuple[str, str, str]]:
     return {(part, manifest.inputs[part], held) for part in PARTS if part in manifest.inputs}
 
 
-def _whole_fragment(name: str) -> str:
+def whole_fragment(name: str) -> str:
     """Return the fragment a file belongs to: `fragments/<kind>/<name>`."""
     return "/".join(Path(name).parts[:3])
 
@@ -130,6 +131,20 @@ def unreachable(store: Path, reach: Reach, older_than_days: float) -> list[Thing
         if thing.age_days >= older_than_days and not _is_reached(store, reach, thing)
     ]
     return sorted(found, key=lambda thing: (thing.kind, -thing.age_days, thing.path))
+
+
+def withdraw(store: Path, paths: Sequence[Path]) -> None:
+    """Delete for good what lies in a store: each gone from its place in one rename. Raises NoResources.
+
+    The caller holds the store's lock alone.
+    """
+    with workspace(store) as space, no_resources(store):
+        for number, path in enumerate(paths):
+            moved = path.rename(space / str(number))
+            if moved.is_dir() and not moved.is_symlink():
+                shutil.rmtree(moved)
+            else:
+                moved.unlink()
 
 
 def _things(store: Path) -> Iterator[Thing]:

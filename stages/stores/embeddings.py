@@ -22,7 +22,7 @@ from schemas.tables import EMBEDDING_PART
 from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes
 from stages.contract.publish import publish_file, workspace
 from stages.stores.blame import Blame, check_sha256
-from stages.stores.fragments import LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes, whole_records
+from stages.stores.fragments import LAYOUTS, MOST_RECORDS, ROOT, Kind, check_keys, locate, raw_bytes, whole_records
 from stages.stores.seals import Sealed, open_sealed, seal
 from stages.stores.tables import arrow_schema, damage_as
 
@@ -83,7 +83,7 @@ def write_embeddings(
     Embeddings are float32, or for bfloat16 uint16 bits; lengths may differ. A damaged part of the same name is
     replaced. Raises ValueError for more than 64 records, a key twice, or another shape or dtype.
     """
-    check_keys([key for key, _, _ in records])
+    check_keys([key for key, _, _ in records], MOST_RECORDS)
     part = Part(dtype=dtype, records=tuple(_record(*each, dtype) for each in records))
     with workspace(store) as folder:
         _write_part(folder / "part", part, [embedding for _, _, embedding in records])

@@ -20,7 +20,12 @@ from stages.contract.artifacts import holder
 from stages.contract.digests import StatCache, digest_of
 from stages.stores.blame import Blame
 
+# Written together while encoding goes on: what a kill costs at most.
 MOST_RECORDS = 64
+# Put together afterwards: of small records more, so that a large dataset is not a burden of files. One of latents of
+# 512 pixels holds 64 either way.
+FULL_RECORDS = 1024
+FULL_BYTES = 32 << 20
 ROOT = "fragments"
 
 # How a record lies in memory and on disk; numpy has no bfloat16, so its bits travel as uint16.
@@ -145,7 +150,12 @@ def raw_bytes(array: np.ndarray, dtype: str) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def check_keys(keys: Sequence[str]) -> None:
-    """Raise ValueError unless there are 1 to 64 different keys."""
-    if not 0 < len(keys) <= MOST_RECORDS or len(set(keys)) != len(keys):
-        raise ValueError(f"a fragment holds 1 to {MOST_RECORDS} records of different keys, not {len(keys)}")
+def full(record_bytes: int) -> int:
+    """Return how many records of that size one fragment holds when they are put together."""
+    return max(MOST_RECORDS, min(FULL_RECORDS, FULL_BYTES // record_bytes))
+
+
+def check_keys(keys: Sequence[str], most: int) -> None:
+    """Raise ValueError unless there are 1 to `most` different keys."""
+    if not 0 < len(keys) <= most or len(set(keys)) != len(keys):
+        raise ValueError(f"a fragment holds 1 to {most} records of different keys, not {len(keys)}")

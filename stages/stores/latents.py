@@ -1,4 +1,4 @@
-"""Latents on disk: fragments of at most 64 records of one shape, each a Zarr v3 array with one sample per chunk.
+"""Latents on disk: fragments of at most 1024 records of one shape, each a Zarr v3 array with one sample per chunk.
 
 zarr encodes the one shard; `zarr.json` is written here, in one canonical form, so that a reader can demand it byte
 for byte. Reading needs neither zarr nor the whole shard, and an absent shard is an error, never zeros.
@@ -21,7 +21,7 @@ from schemas.errors import Damaged
 from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes
 from stages.contract.publish import publish_folder, workspace
 from stages.stores.blame import Blame, check_crc32c, check_sha256, file_size, read_bytes
-from stages.stores.fragments import LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes, whole_records
+from stages.stores.fragments import FULL_RECORDS, LAYOUTS, ROOT, Kind, check_keys, locate, raw_bytes, whole_records
 
 KIND = Kind(name="latents", suffix="", stage="encode-latents")
 METADATA = "zarr.json"
@@ -124,9 +124,9 @@ def write_latents(
     """Publish one fragment of (latent_key, latent [C, H, W]) and return its rows, in order.
 
     Latents are float32, or for bfloat16 uint16 bits. A damaged fragment of the same name is replaced. Raises
-    ValueError for more than 64 records, a key twice, or shapes and dtypes that differ.
+    ValueError for more than 1024 records, a key twice, or shapes and dtypes that differ.
     """
-    check_keys([key for key, _ in records])
+    check_keys([key for key, _ in records], FULL_RECORDS)
     shapes = {latent.shape for _, latent in records}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 3:
         raise ValueError("a fragment holds latents of one shape [C, H, W]")

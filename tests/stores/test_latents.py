@@ -52,7 +52,7 @@ def refused(store: Path, rows: list[LatentRow]) -> bool:
     return refusals > 0
 
 
-@pytest.mark.parametrize("count", [1, 2, 64])
+@pytest.mark.parametrize("count", [1, 2, 64, 1024])
 def test_float32_latents_come_back_exactly_in_any_order(store: Path, count: int):
     records = latents(count)
     rows = write_latents(store, records, "float32")
@@ -123,7 +123,7 @@ def test_nothing_is_left_in_the_workspace(store: Path, rows: list[LatentRow]):
     ("records", "dtype"),
     [
         ([], "float32"),
-        (latents(65), "float32"),
+        (latents(1025, (1, 1, 1)), "float32"),
         (latents(1) + latents(1), "float32"),
         (latents(1) + latents(1, (3, 5, 4), seed=1), "float32"),
         (latents(1), "bfloat16"),
