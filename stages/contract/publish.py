@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from schemas.errors import BadConfig, NoResources
 from stages.contract.digests import sha256_file
+from stages.contract.formats import FORMAT, missing_note, require_format
 
 TEMPORARY = ".tmp"
 
@@ -27,8 +28,12 @@ TEMPORARY = ".tmp"
 @contextlib.contextmanager
 def workspace(store: Path) -> Generator[Path]:
     """Yield a fresh folder below `<store>/.tmp`, removed afterwards; litter of dead processes is removed first."""
-    with no_resources(store / TEMPORARY), _fresh(store / TEMPORARY) as folder:
-        yield folder
+    with no_resources(store / TEMPORARY):
+        require_format(store)
+        if (note := missing_note(store)) is not None:
+            write_file(store / FORMAT, note)
+        with _fresh(store / TEMPORARY) as folder:
+            yield folder
 
 
 @contextlib.contextmanager

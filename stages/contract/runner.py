@@ -27,6 +27,7 @@ from stages.contract.artifacts import (
     write_receipt,
 )
 from stages.contract.digests import digest_of
+from stages.contract.formats import require_format
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.locks import hold, share
@@ -209,6 +210,9 @@ def run_stage(stage: Stage, job: Job) -> Outcome:
     """Run `stage` for `job`: nothing when its artifact is whole, else build and publish it."""
     started = time.monotonic()
     require_own(job.store)
+    with no_resources(job.store):
+        for store in job.stores:
+            require_format(store)
     plan = stage.plan(job)
     key = artifact_key(stage.name, stage.version, plan)
     if job.flags.explain:

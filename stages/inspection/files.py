@@ -10,6 +10,7 @@ from pathlib import Path
 
 from schemas.errors import Damaged, Untrusted
 from stages.contract.artifacts import MANIFEST, holder
+from stages.contract.formats import require_format
 from stages.contract.publish import TEMPORARY
 from stages.contract.trust import open_to_all
 from stages.inspection.findings import Artifact, Inspection
@@ -72,6 +73,8 @@ def check_stores(inspection: Inspection) -> None:
     """Check that nobody but its owner can put anything into our store, and tell of what dead processes left."""
     job = inspection.job
     inspection.checked += 1
+    with inspection.noting():
+        require_format(job.store)
     for folder in open_to_all(job.store):
         what = "anyone on this machine can put files into the store"
         inspection.error(Untrusted, "store.writable", what, folder, "chmod o-w that folder if you trust it")

@@ -58,7 +58,8 @@ def check_training(inspection: Inspection, chain: Chain) -> None:
         for name, entry in train.files.items():
             if name not in COPIES:
                 inspection.file(job.run_folder / name, entry, name, job.remedy("train"))
-        _checkpoints(inspection, chain)
+        with inspection.noting():
+            _checkpoints(inspection, chain)
     if not inspection.depth.quick and inspection.sound(folder / METRICS):
         _history(inspection, train, folder / METRICS, train.params["steps"])
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from schemas.errors import Damaged
+from schemas.errors import Damaged, Stale
 from schemas.manifest import CONTRACT_VERSION, CheckpointManifest, Manifest
 from schemas.schedules import Schedule
 from stages.contract.artifacts import MANIFEST, record
@@ -200,7 +200,7 @@ def newest(
 
 
 def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
-    """Return a checkpoint's manifest, proved by its own digest. Raises Damaged."""
+    """Return a checkpoint's manifest, proved by its own digest. Raises Damaged, or Stale for another version's."""
     path = folder / MANIFEST
     fix = "delete that folder; training resumes from the checkpoint before"
     try:
@@ -214,6 +214,14 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
     sound = manifest.self_digest == _self_digest(manifest) and data == _written(manifest)
     if not sound or names != (folder.name, folder.parent.name):
         raise Damaged("checkpoint.altered", "the manifest is not what it says", where=str(path), fix=fix)
+    if manifest.contract != CONTRACT_VERSION:
+        raise Stale(
+            "checkpoint.version",
+            "the checkpoint was made by another version of this program",
+            where=str(path),
+            why=f"expected contract {CONTRACT_VERSION}, found {manifest.contract}",
+            fix="use that version, or another store",
+        )
     return manifest
 
 

@@ -126,9 +126,14 @@ def recheckpointed(folder: Path, change: Callable[[dict[str, Tensor]], None]) ->
     change(tensors)
     (folder / "state.safetensors").unlink()
     save(folder / "state.safetensors", tensors, state.metadata)
+    resealed_checkpoint(folder)
+
+
+def resealed_checkpoint(folder: Path, **changes: Any) -> None:
+    """Write a checkpoint's manifest again with changes, its files as they are and a digest of itself that holds."""
     manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=CheckpointManifest)
     files = {name: record(folder / name) for name in manifest.files}
-    manifest = msgspec.structs.replace(manifest, files=files)
+    manifest = msgspec.structs.replace(manifest, files=files, **changes)
     manifest = msgspec.structs.replace(manifest, self_digest=checkpoints._self_digest(manifest))
     (folder / "manifest.json").write_bytes(checkpoints._written(manifest))
 
