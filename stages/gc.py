@@ -73,11 +73,14 @@ def shown(things: Sequence[Thing]) -> list[tuple[str, str, str, str]]:
 
 
 def _refuse_nothing(reach: Reach, runs: Sequence[Path]) -> None:
-    if not reach.runs:
+    """Raise BadConfig where there is no run at all, or a folder of runs is not there: what they use would go."""
+    absent = [each for each in runs if not each.is_dir()]
+    if absent or not reach.runs:
         raise BadConfig(
             "gc.no_runs",
-            "there is no run in these folders: everything would go",
-            where=", ".join(map(str, runs)),
+            "there is no such folder of results" if absent else "there is no run in these folders",
+            where=", ".join(map(str, absent or runs)),
+            why="what its runs use would go" if absent else "everything would go",
             fix="name the folders of results with --runs; or delete the store yourself",
         )
 
@@ -113,7 +116,7 @@ def collect(options: Mapping[str, Any]) -> tuple[Reach, list[Thing], dict[str, i
 @click.option("--pin", metavar="RUN", help="Keep what this run uses, even when its folder is gone.")
 @click.option("--wait", is_flag=True, help="Wait for stages at work instead of failing.")
 @click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `gc` command."""

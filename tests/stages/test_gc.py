@@ -156,6 +156,15 @@ def test_no_run_at_all_is_no_reason_to_delete_everything(moved_on: Project) -> N
     assert moved_on.run("verify").code == 0
 
 
+def test_folder_of_runs_that_is_not_there_is_no_reason_to_delete_what_its_runs_use(moved_on: Project) -> None:
+    assert gc(moved_on, "--pin", moved_on.name)[0] == 0
+    for runs in (("nowhere",), ("runs", "nowhere")):
+        code, result, _ = gc(moved_on, "--older-than", "0", "--delete", runs=runs)
+        assert (code, result["error"]["code"]) == (2, "gc.no_runs")
+        assert result["error"]["where"].partition(":")[0].endswith("nowhere")
+    assert moved_on.run("verify").code == 0
+
+
 def test_what_others_put_there_and_what_is_no_artifact_stays(moved_on: Project) -> None:
     for name in ("notes.txt", "mine/picture.png", "fragments/other/thing", "pins/readme"):
         path = moved_on.store / name
