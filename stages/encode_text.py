@@ -200,7 +200,11 @@ def _known(job: Job, keys: Collection[str]) -> dict[str, EmbeddingRow]:
 
 
 def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[str, EmbeddingRow]:
-    """Encode and store `missing`; one text at a time, so that a text's numbers never depend on its neighbours."""
+    """Encode and store `missing`, one text at a time: a key promises bytes.
+
+    In batches of 2 to 8 a text's numbers depend on its neighbours (measured: by 6e-7 relative, float32 on a CPU), and
+    512 positions of one text fill the machine as well.
+    """
     if not missing:
         return {}
     from stages.console.progress import progress
