@@ -37,8 +37,8 @@ BARS = {
     "L9": "a store that others may have written to is refused with 9 and a remedy; nothing made is open to all",
     "L12": "code that a model's files ask for is never imported or run",
     "L14": "no command but fetch opens a socket",
-    "M4": "100,000 pictures: validate takes at most 120 s and 1 GB, and leaves at most 2,000 files in the store",
-    "M5": "100,000 pictures, one changed: one is encoded",
+    "M4": "100,000 pictures: validate takes at most 120 s and 1 GB; at most 2,000 files in the store",
+    "M5": "100,000 pictures, one changed: one is decoded and encoded; one renamed: none",
     "M6": "100,000 pictures: verify --quick takes at most 10 s",
     "M7": "1,000 checkpoints in the run folder: training starts, and verify --quick ends, within 5 s",
 }
