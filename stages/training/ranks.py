@@ -17,7 +17,7 @@ import numpy as np
 
 from schemas.errors import BadConfig, NoResources, Stale
 from schemas.train import Train
-from stages.contract.launch import launched_rank
+from stages.contract.launch import VARIABLES, launched_rank
 
 NOTHING = bytes(32)
 BACKEND_ERROR = re.compile(r"\[(ring|mpi|nccl|jaccl)\]")
@@ -128,8 +128,19 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """Return this process's place among those launched with it; waits until all of them are there."""
+    """Return this process's place among those launched with it; waits until all of them are there.
+
+    Raises NoResources where nothing says how to reach them: schedulers set the same variables for a process alone.
+    """
     if launched_rank() is None:
         return Ranks()
-    group = mx.distributed.init(strict=True)
+    try:
+        group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise NoResources(
+            "train.no_processes",
+            "the environment says that this process is one of several, and not how to reach the others",
+            why=str(error),
+            fix=f"launch them with mlx.launch, or unset {' and '.join(VARIABLES)} to train alone",
+        ) from error
     return Ranks(group.rank(), group.size())

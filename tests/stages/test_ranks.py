@@ -166,6 +166,16 @@ def test_micro_batches_that_cannot_be_shared_evenly_are_an_error(encoded: Projec
         assert (code, json.loads(out)["error"]["code"]) == (2, "train.processes")
 
 
+def test_rank_without_a_launcher_is_an_error_that_says_how_to_train_alone(
+    encoded: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedulers of clusters set a rank for a single process too."""
+    monkeypatch.setenv("PMI_RANK", "0")
+    ran = encoded.run("train")
+    assert (ran.code, ran.error) == (7, "train.no_processes")
+    assert "unset MLX_RANK and OMPI_COMM_WORLD_RANK and PMI_RANK" in ran.result["error"]["fix"]
+
+
 def test_other_stages_run_as_one_process(encoded: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_RANK", "1")
     for stage in ("validate", "verify"):
