@@ -66,6 +66,7 @@ class Train:
         """Go on from the newest checkpoint of this trajectory, or start; publish the LoRA of the last step."""
         from stages.console.charts import training_curves
         from stages.training.checkpoints import metrics_lines, newest, trajectory_of
+        from stages.training.rotation import rotate
 
         steps = job.config.train.steps
         trajectory = trajectory_of(plan.params, plan.inputs)
@@ -78,6 +79,9 @@ class Train:
             restore_file(last.ema, work / EMA, job.digests)
             roles["ema"] = last.manifest.ema
         metrics = last.metrics()
+        if job.config.train.rotation is not None:
+            # Of a process that died between its last checkpoint and this, nobody else would.
+            rotate(job.store, job.run_folder, job.config.train.rotation, last, metrics)
         (work / results.METRICS).write_bytes(metrics_lines(metrics))
         training_curves(metrics, work / results.CURVES)
         return Built(
