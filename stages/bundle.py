@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -34,7 +34,8 @@ from stages.contract.job import Job
 from stages.contract.publish import beside, publish_file, publish_folder
 from stages.contract.runner import reading, upstream
 from stages.dataset.stand_in import STAND_IN, contents
-from stages.flux2.identity import model_of
+from stages.flux2.folder import ModelFiles
+from stages.flux2.identity import drawing_model_of, model_of
 from stages.flux2.variants import VARIANTS
 
 BUNDLED = ("validate", "encode-latents", "encode-text")
@@ -60,15 +61,23 @@ def pipeline(job: Job, sources: tuple[str, str | None]) -> bytes:
     tables["validate"]["dataset"] = sources[0]
     if sources[1] is not None:
         tables["validate"]["class_dataset"] = sources[1]
-    model = tables["model"]
-    if (job.base / model["source"]).is_dir():
-        row = VARIANTS.get(model_of(job).variant.name)
-        model["source"] = (row.hub_id if row else None) or Path(model["source"]).name
+    model, preview = tables["model"], tables["preview"]
+    model["source"] = _named(job, model["source"], model_of)
+    if "distilled" in preview:
+        preview["distilled"] = _named(job, preview["distilled"], drawing_model_of)
     for part in {"transformer", "autoencoder", "text_encoder", "tokenizer"} & model.keys():
         model[part] = Path(model[part]).name
     if "init_lora" in tables["train"]:
         tables["train"]["init_lora"] = Path(tables["train"]["init_lora"]).name
     return tomli_w.dumps(tables).encode()
+
+
+def _named(job: Job, source: str, opened: Callable[[Job], ModelFiles]) -> str:
+    """Return what a model is called on every machine: one in a folder as published, else by the folder's name."""
+    if not job.located(source).is_dir():
+        return source
+    row = VARIANTS.get(opened(job).variant.name)
+    return (row.hub_id if row else None) or Path(source).name
 
 
 def _without_none(value: object) -> object:
@@ -83,7 +92,7 @@ def source_folders(job: Job) -> tuple[str, str | None]:
     name = job.config.validate.class_dataset
     if name is None:
         return f"{SOURCES}/dataset", None
-    beside = PurePosixPath(os.path.relpath((job.base / name).resolve(), job.dataset.resolve()))
+    beside = PurePosixPath(os.path.relpath(job.located(name).resolve(), job.dataset.resolve()))
     ups = sum(part == ".." for part in beside.parts)
     below = PurePosixPath(*beside.parts[ups:])
     own = "dataset" if below.parts[0] != "dataset" else "pictures"
@@ -100,7 +109,7 @@ def stand_ins(job: Job, sources: tuple[str, str | None]) -> Iterator[Member]:
     if sources[1] is not None and settings.class_dataset is not None:
         yield (
             f"{sources[1]}/{STAND_IN}",
-            canonical_json(contents(job.base / settings.class_dataset, job.digests, masks=False)),
+            canonical_json(contents(job.located(settings.class_dataset), job.digests, masks=False)),
         )
 
 

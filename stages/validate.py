@@ -165,7 +165,7 @@ def class_folder(job: Job) -> Path | None:
     name = job.config.validate.class_dataset
     if name is None:
         return None
-    folder, dataset = job.base / name, job.dataset.resolve()
+    folder, dataset = job.located(name), job.dataset.resolve()
     if not folder.is_dir():
         what = "the folder of class pictures does not exist"
     elif folder.resolve().is_relative_to(dataset) or dataset.is_relative_to(folder.resolve()):

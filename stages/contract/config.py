@@ -53,6 +53,17 @@ def load_settings(kind: type[Settings], path: Path, assignments: Sequence[str] =
     return _convert(kind, _with_kinds(_assign(_parse(path), assignments), kind), where, str(path))
 
 
+def located(name: str, base: Path) -> Path:
+    """Return where a path of a configuration in the folder `base` leads; `~` is the home folder.
+
+    Of nobody known it is a plain name.
+    """
+    try:
+        return base / Path(name).expanduser()
+    except RuntimeError:
+        return base / name
+
+
 def _parse(path: Path) -> dict[str, Any]:
     where = str(path)
     try:

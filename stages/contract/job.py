@@ -11,6 +11,7 @@ from pathlib import Path
 from schemas.errors import BadConfig
 from schemas.manifest import Manifest
 from schemas.run import Config
+from stages.contract.config import located
 from stages.contract.digests import StatCache
 from stages.contract.publish import no_resources, refuse_link
 
@@ -79,10 +80,14 @@ class Job:
         """The folder relative paths in the configuration start from."""
         return self.config_path.absolute().parent
 
+    def located(self, name: str) -> Path:
+        """Return where a path of the configuration leads."""
+        return located(name, self.base)
+
     @property
     def dataset(self) -> Path:
         """The folder of pictures. Raises BadConfig when it does not exist."""
-        folder = self.base / self.config.validate.dataset
+        folder = self.located(self.config.validate.dataset)
         try:
             there = folder.is_dir()
         except OSError:

@@ -16,6 +16,7 @@ import msgspec
 
 from schemas.errors import BadConfig, Damaged, Fault, NoResources
 from schemas.run import Model
+from stages.contract.config import located
 from stages.flux2 import configs
 from stages.flux2.variants import MICRO, VARIANTS, Variant
 from stages.hub import cache
@@ -116,7 +117,7 @@ def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Pla
         if override is None:
             assert root is not None
             return root / below
-        path = _located(override, base_dir)
+        path = located(override, base_dir)
         if not path.exists():
             raise NoResources(
                 "model.absent", "the path does not exist", where=str(path), fix="correct the path in [model]"
@@ -134,7 +135,7 @@ def _places(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> _Pla
 
 
 def _root(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> Path | cache.Snapshot:
-    source, folder = spec.source, _located(spec.source, base_dir)
+    source, folder = spec.source, located(spec.source, base_dir)
     if spec.revision != cache.MAIN and (source in BUILT_IN or folder.exists()):
         raise BadConfig(
             "model.revision",
@@ -169,14 +170,6 @@ def _root(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> Path |
     raise NoResources(
         "model.absent", "the model folder does not exist", where=str(folder), fix="correct model.source"
     )
-
-
-def _located(name: str, base_dir: Path) -> Path:
-    """Return where a path of the configuration leads; `~` is the home folder, but of nobody known a plain name."""
-    try:
-        return base_dir / Path(name).expanduser()
-    except RuntimeError:
-        return base_dir / name
 
 
 def _snapshot(hub_id: str, revision: str) -> cache.Snapshot:

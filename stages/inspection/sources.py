@@ -72,7 +72,7 @@ def _validate_again(inspection: Inspection, validated: Artifact, items: list[dic
             job.config.validate,
             manifest.params["text_length"],
             lambda _done, _total: None,
-            None if beside is None else job.base / beside,
+            None if beside is None else job.located(beside),
         )
     except StageError as error:
         inspection.failed(error)

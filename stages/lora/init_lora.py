@@ -60,7 +60,7 @@ def _path(job: Job) -> Path | None:
     name = job.config.train.init_lora
     if name is None:
         return None
-    path = job.base / name
+    path = job.located(name)
     if not path.is_file():
         raise BadConfig(
             "train.init_lora_absent",

@@ -12,7 +12,7 @@ import pytest
 from schemas.errors import BadConfig, Fault
 from schemas.run import Config
 from schemas.train import Train
-from stages.contract.config import MAX_BYTES, load_config
+from stages.contract.config import MAX_BYTES, load_config, located
 
 MINIMAL = '[validate]\ndataset = "pictures"\n'
 DEEP = ".".join(["a"] * 20_000)
@@ -287,6 +287,18 @@ def test_long_text_costs_no_time(tmp_path: Path, filling: str) -> None:
     (fault,) = faults(tmp_path, f'{MINIMAL}trigger = "{filling * (240_000 // len(filling))}"\n')
     assert fault.what == "validate.trigger is wrong"
     assert time.monotonic() - started < 1.0
+
+
+def test_path_starts_at_the_file_or_at_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    base = tmp_path / "project"
+    for name, path in (
+        ("photos", base / "photos"),
+        ("~/photos", tmp_path / "home" / "photos"),
+        ("/x/y", Path("/x/y")),
+    ):
+        assert located(name, base) == path
+    assert located("~no-such-user/photos", base) == base / "~no-such-user" / "photos"
 
 
 def test_prompt_of_many_short_sentences_is_no_deep_key(tmp_path: Path) -> None:

@@ -94,6 +94,18 @@ def test_folder_and_file_unpack_to_the_same_project(untrained: Project, tmp_path
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_bundle_names_no_folder_of_this_machine(own_model: Project) -> None:
+    shutil.copytree(own_model.root / "model", own_model.root / "sibling")
+    edit(own_model.root / "sibling" / "model_index.json", '"is_distilled": false', '"is_distilled": true')
+    edit(own_model.config, 'source = "model"', f'source = "{own_model.root / "model"}"')
+    edit(own_model.config, "[preview]", f'[preview]\ndistilled = "{own_model.root / "sibling"}"')
+    with zipfile.ZipFile(pack(own_model)) as archive:
+        text = archive.read("pipeline.toml").decode()
+    assert str(own_model.root) not in text
+    assert 'source = "flux2-micro"' not in text
+    assert 'distilled = "sibling"' in text
+
+
 def test_class_pictures_and_a_model_of_ones_own_come_along_by_name(own_model: Project, tmp_path: Path) -> None:
     draw(own_model.root / "cats", "tom", (9, 9, 9), "a cat")
     edit(own_model.config, "[train]", '[train.preservation]\nkind = "prior"\n\n[train]')
