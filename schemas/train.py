@@ -26,9 +26,10 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class Train(Strict, frozen=True):
-    """Keyed as a whole except `checkpoint_every`, `rotation` and, where the schedule allows, `steps`.
+    """Keyed as a whole except `checkpoint_every`, `rotation`, `tracking` and, where the schedule allows, `steps`.
 
-    A `learning_rate` left out is the optimizer's own, filled in at once: keys hold the number.
+    Of `validation` only the choice of pictures is keyed, of `init_lora` what the file holds. A `learning_rate` left
+    out is the optimizer's own, filled in at once: keys hold the number.
     """
 
     NEUTRAL: ClassVar[Mapping[str, object]] = MappingProxyType({"resolutions": (), "mask": None})

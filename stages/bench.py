@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import click
 import msgspec
 
+from schemas.errors import BadConfig
 from schemas.quantize import Quantize
 from schemas.train import Train
 from stages.console import messages
+from stages.dataset.buckets import PATCH_PX
 from stages.flux2.variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def random_batch(variant: Variant, size_px: int, batch_size: int) -> Batch:
 
     from stages.training.objective import Batch
 
-    side = size_px // 16
+    side = size_px // PATCH_PX
     shape = (batch_size, variant.transformer.in_channels, side, side)
     encoder = variant.text_encoder
     text = mx.random.normal((batch_size, encoder.length, encoder.width))
@@ -145,6 +147,11 @@ def COMMAND(**options: Any) -> int:
     from stages.flux2.backend import prepare
     from stages.lora.merge import attach
 
+    if uneven := [size for size in options["size"] if size % PATCH_PX]:
+        what = f"pictures have sides that are multiples of {PATCH_PX} pixels"
+        raise BadConfig(
+            "bench.size", what, where=f"--size {uneven[0]}", fix=f"say {uneven[0] // PATCH_PX * PATCH_PX}"
+        )
     variant = VARIANTS[options["model"]]
     backend = prepare()
     messages.say(backend.line())

@@ -39,7 +39,7 @@ class Train:
     version = 1
 
     def plan(self, job: Job) -> Plan:
-        """Key all settings but `checkpoint_every`, the seed, and the content of everything a step reads."""
+        """Key the settings but those of UNKEYED, the seed, and the content of everything a step reads."""
         model = model_of(job)
         require_trainable(model, allow_distilled=job.config.model.allow_distilled)
         settings = {name: value for name, value in keyed(job.config.train).items() if name not in UNKEYED}

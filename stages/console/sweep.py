@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-DOTS_PER_INCH = 110
+from stages.console.charts import DOTS_PER_INCH
 
 
 def sweep_chart(rates: Sequence[float], curves: tuple[Sequence[float], Sequence[float]], suggested: float) -> bytes:

@@ -96,8 +96,8 @@ def _index(inspection: Inspection, stage: str, chain: Chain) -> None:
     expected = maker.expected(manifest, chain["validate"])
     inspection.checked += len(rows)
     where = folder / "index.parquet"
-    if (absent := expected.keys() - rows.keys()) or (extra := rows.keys() - expected.keys()):
-        extra = rows.keys() - expected.keys()
+    absent, extra = expected.keys() - rows.keys(), rows.keys() - expected.keys()
+    if absent or extra:
         what = f"{len(absent)} records are missing and {len(extra)} too many, {_named([*absent, *extra])}"
         _wrong(inspection, stage, "index.records", what, where)
     if wrong := [name for name, row in rows.items() if expected.get(name, key_of(row)) != key_of(row)]:

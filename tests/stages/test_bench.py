@@ -56,3 +56,8 @@ def test_random_weights_are_made_packed_matrix_by_matrix(quantize: Quantize) -> 
 def test_every_format_can_be_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--help"]) == 0
     assert f"[none|{'|'.join(FORMATS)}]" in capfd.readouterr().out
+
+
+def test_side_that_no_picture_has_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "flux2-micro", "--size", "50"]) == 2
+    assert capfd.readouterr().err.endswith("(--size 50). fix: say 48\n")
