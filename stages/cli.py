@@ -91,7 +91,7 @@ OWN_OPTIONS = {
     ],
     "verify": [
         click.Option(["--subset"], metavar="N/T|P%", default="", help="Read one part of T, or a random share."),
-        click.Option(["--recompute"], metavar="P%", default="", help="Encode a random share of records again."),
+        click.Option(["--recompute"], metavar="P%", default="", help="Make a random share of records and steps again."),
         click.Option(["--model"], default="", help="Judge FILE on this model: a short name, a folder or a hub id."),
         click.Argument(["file"], required=False, type=click.Path(path_type=Path)),
     ],

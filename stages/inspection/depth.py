@@ -45,7 +45,7 @@ class Share:
 class Depth:
     """`quick` reads no contents; `subset` reads a part of the files, `deep` decodes every record besides.
 
-    Of the records `recompute` percent are made again and compared.
+    Of the records, and of the training steps, `recompute` percent are made again and compared.
     """
 
     quick: bool = False
@@ -69,10 +69,13 @@ class Depth:
         """Whether the contents of the file called `name` (a path below its store, or a file's name) are read."""
         return not self.quick and (self.subset is None or self.subset.has(name))
 
+    def share(self, total: int) -> int:
+        """Return how many of `total` are to be made again: `recompute` percent, rounded up."""
+        return min(math.ceil(total * self.recompute / 100), total)
+
     def sample(self, records: Sequence[Chosen]) -> list[Chosen]:
-        """Return the records to make again: `recompute` percent of them, rounded up, drawn without repetition."""
-        count = math.ceil(len(records) * self.recompute / 100)
-        return random.SystemRandom().sample(records, min(count, len(records)))
+        """Return the records to make again, drawn without repetition."""
+        return random.SystemRandom().sample(records, self.share(len(records)))
 
 
 def depth_of(flags: Flags) -> Depth:

@@ -54,10 +54,10 @@ class Inspection:
         """Note something worth knowing."""
         self.hints.append(Fault(code=code, what=what, fix=fix))
 
-    def count_again(self, kind: str, outcome: str) -> None:
-        """Count a record that was made again: equal to the bit, close as another backend's, or another."""
+    def count_again(self, kind: str, outcome: str, count: int = 1) -> None:
+        """Count what was made again: equal to the bit, close as another backend's, or another."""
         name = f"{kind}_{outcome}"
-        self.recomputed[name] = self.recomputed.get(name, 0) + 1
+        self.recomputed[name] = self.recomputed.get(name, 0) + count
 
     def leave_out(self, what: str) -> None:
         """Note what is not looked at."""

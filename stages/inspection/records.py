@@ -29,7 +29,7 @@ def check_records(inspection: Inspection, chain: Chain) -> None:
     if not depth.deep:
         inspection.leave_out("the records one by one (verify --deep)")
     if not depth.recompute:
-        inspection.leave_out("whether records are what the model makes of their sources (verify --recompute 5%)")
+        inspection.leave_out("whether records and steps are what the model makes of them (verify --recompute 5%)")
     for stage in KINDS if depth.deep or depth.recompute else ():
         if stage in chain:
             _check(inspection, stage, chain)

@@ -8,6 +8,7 @@ from stages.inspection.files import check_files, check_stores
 from stages.inspection.findings import Inspection
 from stages.inspection.lineage import chain_of
 from stages.inspection.records import check_records
+from stages.inspection.replay import check_steps
 from stages.inspection.sources import check_dataset, check_model, check_pictures_drawn
 from stages.inspection.tables import check_tables
 from stages.inspection.training import check_training
@@ -26,4 +27,5 @@ def inspect(job: Job, depth: Depth) -> Inspection:
     check_dataset(inspection, chain)
     check_model(inspection, chain)
     check_stores(inspection)
+    check_steps(inspection, chain)
     return inspection

@@ -165,6 +165,10 @@ def _checkpoints(inspection: Inspection, chain: Chain) -> None:
         inspection.file(copy, entry, copy.name, job.remedy("train"))
         with inspection.noting():
             _complete(inspection, train, checkpoint)
+        ends = (train.roles["lora"], train.roles.get("ema"))
+        if checkpoint.step == train.params["steps"] and (checkpoint.manifest.lora, checkpoint.manifest.ema) != ends:
+            what = "the finished LoRA is not that of the last checkpoint"
+            inspection.error(Damaged, "lora.checkpoint", what, checkpoint.folder, fix)
     found = list_checkpoints(job.stores, trajectory)
     _moves(inspection, train, found)
     if "preview" in chain and shows(preview := chain["preview"][0], train):

@@ -25,18 +25,24 @@ LINE_BYTES = 160
 def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -> None:
     """Raise NoResources where the training of `job` would surely run out of memory or disk; warn where it may."""
     settings, model = job.config.train, model_of(job)
-    variant = model.variant
     window, items = settings.batch_size * settings.gradient_accumulation, len(data.buckets)
     if window > items:
         job.warn(
             f"train.batch_size times train.gradient_accumulation is {window}, more than the {items} items there are: "
             "a step takes fewer, or repeats some"
         )
-    parts = sizes(variant, settings, backend.compute_dtype)
-    require_disk(job, needs(settings, parts, steps_done))
+    require_disk(job, needs(settings, sizes(model.variant, settings, backend.compute_dtype), steps_done))
+    require_memory(job, data, backend)
+
+
+def require_memory(job: Job, data: TrainingData, backend: Backend) -> None:
+    """Raise NoResources where a step of the training of `job` would surely run out of memory; warn where it may."""
+    settings, model = job.config.train, model_of(job)
+    parts = sizes(model.variant, settings, backend.compute_dtype)
     tokens = max(height * width for _, (height, width) in data.buckets)
     packed = transformer_formats(model, job.config.model.quantize)
-    require(demand_of(variant, settings, backend.device, parts, (tokens, packed)), device_bytes(backend), job.warn)
+    demand = demand_of(model.variant, settings, backend.device, parts, (tokens, packed))
+    require(demand, device_bytes(backend), job.warn)
 
 
 def demand_of(variant: Variant, settings: Train, device: Device, parts: Sizes, held: tuple[int, Packed]) -> Demand:

@@ -23,7 +23,7 @@ from stages.contract.digests import canonical_json, digest_of
 from stages.contract.runner import Indexed, load_stage
 from stages.stores.latents import LatentReader, fragment_files, write_latents
 from stages.stores.tables import read_table, write_table
-from stages.stores.tensors import Tensor, load, save
+from stages.stores.tensors import Tensor, described, from_mlx, load, save, tensor_digest, to_mlx
 from stages.training import checkpoints
 from stages.training.data import latent_row
 from tests.stages.project import Project, flip
@@ -119,14 +119,17 @@ def refragmented(project: Project, change: Callable[[bytes], bytes]) -> None:
     resealed(folder, fragments={name: record(project.store / name) for name in names})
 
 
-def recheckpointed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Write a checkpoint's state again and let its manifest record it."""
-    state = load(folder / "state.safetensors")
-    tensors = dict(state.tensors)
+def recheckpointed(
+    folder: Path, change: Callable[[dict[str, Tensor]], None], name: str = "state.safetensors", **changes: Any
+) -> None:
+    """Write the tensors of a checkpoint's file again, and let its manifest record that and `changes`."""
+    file = load(folder / name)
+    tensors = dict(file.tensors)
     change(tensors)
-    (folder / "state.safetensors").unlink()
-    save(folder / "state.safetensors", tensors, state.metadata)
-    resealed_checkpoint(folder)
+    (folder / name).unlink()
+    save(folder / name, tensors, described(tensors, file.metadata) if file.metadata else {})
+    lora = tensor_digest(load(folder / "lora.safetensors").tensors)
+    resealed_checkpoint(folder, **{"lora": lora, **changes})
 
 
 def resealed_checkpoint(folder: Path, **changes: Any) -> None:
@@ -136,6 +139,18 @@ def resealed_checkpoint(folder: Path, **changes: Any) -> None:
     manifest = msgspec.structs.replace(manifest, files=files, **changes)
     manifest = msgspec.structs.replace(manifest, self_digest=checkpoints._self_digest(manifest))
     (folder / "manifest.json").write_bytes(checkpoints._written(manifest))
+
+
+def relearnt(project: Project, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Put another LoRA in the place of the finished one: checkpoint, artifact, run folder, every digest of it."""
+    folder, last = artifact(project, "train"), only(project.store, "checkpoints/*/4")
+    recheckpointed(last, change, "lora.safetensors")
+    for target in (folder / "lora.safetensors", project.lora, project.results / "checkpoint_4.safetensors"):
+        shutil.copyfile(last / "lora.safetensors", target)
+    refiled(folder)
+    roles = {"lora": tensor_digest(load(project.lora).tensors)}
+    write_receipt(project.results, resealed(folder, roles=roles, digest=digest_of("train", roles)))
+    (project.results / "preview.json").unlink()
 
 
 def rewritten_history(project: Project, change: Callable[[list[bytes]], list[bytes]]) -> None:
@@ -207,6 +222,12 @@ def zeroed(tensors: dict[str, Tensor]) -> None:
     for name, each in tensors.items():
         if "lora_B" in name:
             tensors[name] = Tensor(each.dtype, np.zeros_like(each.data))
+
+
+def scaled(tensors: dict[str, Tensor], part: str, factor: float) -> None:
+    for name, each in tensors.items():
+        if part in name and each.dtype in ("F32", "BF16"):
+            tensors[name] = from_mlx(to_mlx(each) * factor)
 
 
 def without(tensors: dict[str, Tensor], part: str) -> None:
