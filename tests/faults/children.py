@@ -30,6 +30,7 @@ NO_FAULT = Fault()
 # The least that goes through every writer: few tensors, two checkpoints, a picture at each.
 SMALL = {
     "steps = 4": "steps = 2",
+    "size = 32\nsteps = 2": "size = 32\nsteps = 1",
     "checkpoint_every = 2": 'checkpoint_every = 1\ntargets = ["single_blocks.0.linear1"]',
     "resolutions = [32]": "resolutions = [32, 48]",
 }

@@ -7,6 +7,7 @@ fork, so that MLX, OpenBLAS and zarr start their threads in the children.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -20,7 +21,7 @@ import msgspec
 
 # What stages import late; here once, before the first fork, with all that is ours.
 WARM = """
-google_crc32c matplotlib.backends.backend_agg matplotlib.figure mlx.core mlx.nn mlx.optimizers numpy PIL.Image
+google_crc32c matplotlib.backends.backend_agg matplotlib.pyplot mlx.core mlx.nn mlx.optimizers numpy PIL.Image
 PIL.ImageCms PIL.ImageDraw pyarrow.parquet rich.progress sqlite3 tokenizers zarr
 """
 STAGES = Path(__file__).parents[2] / "stages"
@@ -70,14 +71,20 @@ def serve() -> None:
     for name in [*WARM.split(), *(".".join(each.parts) for each in ours if each.name != "__init__")]:
         importlib.import_module(name)
     from stages.console import charts
+    from stages.contract.config import load_config
     from stages.flux2.backend import prepare
 
     prepare()
+    # The first configuration costs ten times the second: its types are made.
+    load_config(STAGES.parent / "pipelines" / "demo.toml")
     # Drawn once: a third of a small training is its charts, and what is tried here is how files are written.
     drawn = charts._curves_png([])
     charts._curves_png = lambda _: drawn
     arm = armed()
     scratch = Path(sys.argv[1])
+    # What is there now is never collected: no child copies all of it in order to look.
+    gc.collect()
+    gc.freeze()
     say = os.fdopen(os.dup(1), "wb", buffering=0)
     say.write(b"ready\n")
     for line in sys.stdin.buffer:
