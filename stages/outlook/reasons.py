@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from schemas.errors import StageError, Stale
+from schemas.errors import StageError, Stale, Stopped
 from stages.contract.job import Flags, Job
 from stages.outlook.chain import look_ahead
 from stages.outlook.changes import Change, why
@@ -20,7 +20,7 @@ OF_DATASET = ("picture", "caption", "mask")
 def explained(error: Stale, job: Job) -> Stale:
     """Return `error` with what changed since `error.stage` ran, counted and named; as it is where that is not known.
 
-    Nothing is written. The pictures' headers are read again: of a large dataset that takes its time.
+    Nothing is written. The pictures' headers are read again: of a large dataset that takes its time. Raises Stopped.
     """
     if not error.stage:
         return error
@@ -28,6 +28,8 @@ def explained(error: Stale, job: Job) -> Stale:
     try:
         with TemporaryDirectory() as aside:
             changes = why(looking, look_ahead(looking, Path(aside), error.stage), error.stage).changes
+    except Stopped:
+        raise
     except StageError:
         # The refusal stands, whatever else is wrong.
         return error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -301,3 +303,13 @@ def test_train_names_what_validate_has_not_seen(project: Project, name: str, mea
     measured("Q14", f"H19 train after {name}: exit {ran.code}")
     assert ran.code == (2 if name == "no folder any more" else 5)
     assert told in ran.stderr
+
+
+def test_ctrl_c_while_the_reasons_are_looked_for_is_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> NoReturn:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    repainted(project)
+    monkeypatch.setattr("stages.outlook.reasons.look_ahead", interrupted)
+    assert project.run("train").code == 128 + signal.SIGINT
