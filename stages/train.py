@@ -23,6 +23,7 @@ from stages.lora.init_lora import ROLE, init_lora_inputs
 from stages.training.sources import held_out_inputs
 
 if TYPE_CHECKING:
+    from stages.flux2.backend import Backend
     from stages.training.checkpoints import Checkpoint
     from stages.training.ranks import Ranks
     from stages.training.step import Trainer
@@ -167,7 +168,6 @@ def _announce(job: Job, plan: Plan, start: Checkpoint | None) -> None:
             job.say(f"  {line}")
     if start is not None:
         job.say(f"resuming from step {start.step}")
-    _note(job, plan.params, plan.inputs)
 
 
 def _note(job: Job, params: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
@@ -194,8 +194,6 @@ def _changes(path: Path, plan: Plan) -> list[str]:
 def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     """Train to the last step and return its checkpoint. Raises Stopped, Diverged, Damaged."""
     from stages.console.progress import progress
-    from stages.flux2.backend import prepare
-    from stages.lora.targets import portability, sizes
     from stages.stores.tensors import to_mlx
     from stages.training.checkpoints import trajectory_of
     from stages.training.control import Control
@@ -205,19 +203,10 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.training.ranks import ranks
     from stages.training.recorder import Instruments, Recorder
     from stages.training.sources import make_trainer, training_data, validator
-    from stages.training.trackers import require_packages, tracked
+    from stages.training.trackers import tracked
 
-    settings = job.config.train
-    company = ranks()
-    company.check(settings)
-    require_packages(settings.tracking)
-    backend = prepare()
-    job.say(backend.line())
-    # Patterns that match nothing are told before anything large is loaded.
-    for line in portability(settings.adapter, sizes(model_of(job).variant.transformer, settings)):
-        job.warn(line)
-    if job.config.validate.masks is not None and settings.mask is None:
-        job.warn("validate.masks prepares masks that nothing reads: add [train.mask], or leave validate.masks out")
+    settings, company = job.config.train, ranks()
+    backend = _ready(job, company)
     data = training_data(job)
     preflight(job, data, backend, start.step if start is not None else 0)
     company.begin(trajectory_of(plan.params, plan.inputs))
@@ -225,6 +214,8 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     if start is not None:
         trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
     _join(trainer, company)
+    # Not before: settings that are refused are no training begun.
+    _note(job, plan.params, plan.inputs)
     steps_done = trainer.steps
     with (
         company.together(),
@@ -241,6 +232,24 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         Loop(trainer, data, settings, seed, *hears, control=control, warn=warn, profile=profile).run()
     # The loop ends with a checkpoint of its last step.
     return cast("Checkpoint", recorder.last)
+
+
+def _ready(job: Job, company: Ranks) -> Backend:
+    """Return what computes, once all is told and refused that settings alone tell; nothing large is loaded yet."""
+    from stages.flux2.backend import prepare
+    from stages.lora.targets import portability, sizes
+    from stages.training.trackers import require_packages
+
+    settings = job.config.train
+    company.check(settings)
+    require_packages(settings.tracking)
+    backend = prepare()
+    job.say(backend.line())
+    for line in portability(settings.adapter, sizes(model_of(job).variant.transformer, settings)):
+        job.warn(line)
+    if job.config.validate.masks is not None and settings.mask is None:
+        job.warn("validate.masks prepares masks that nothing reads: add [train.mask], or leave validate.masks out")
+    return backend
 
 
 def _follow(job: Job, plan: Plan, company: Ranks) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from stages.stores.tensors import load, tensor_digest
 from stages.training.loop import Line
-from tests.stages.project import Project, edit, flip, stop_after, truncate
+from tests.stages.project import Project, contents, edit, flip, stop_after, truncate
 
 # Every feature that draws: two pictures of two batches a step, dropped captions, mirrored twins.
 SETTINGS = """
@@ -244,6 +244,15 @@ def test_training_needs_the_stages_before_it(project: Project) -> None:
     refused = project.run("train")
     assert (refused.code, refused.error) == (5, "input.missing")
     assert refused.result["error"]["fix"].startswith("flux2-lora encode-latents --config ")
+
+
+def test_settings_that_are_refused_are_no_training_begun(done: Project) -> None:
+    before = contents(done.results)
+    refused = done.run("train", sets=("train.targets=['nothing.*']",))
+    assert (refused.code, refused.error) == (2, "train.no_such_target")
+    assert (done.root / "nowhere.safetensors").write_bytes(done.lora.read_bytes()) > 0
+    other = ("train.init_lora=nowhere.safetensors", "train.rank=2")
+    assert (done.run("train", sets=other).error, contents(done.results)) == ("train.init_lora_rank", before)
 
 
 def test_all_targets_train(project: Project) -> None:
