@@ -19,6 +19,7 @@ from schemas import results
 from schemas.errors import BadConfig
 from schemas.manifest import Result
 from stages.console import messages
+from stages.contract.formats import require_format
 from stages.contract.locks import hold
 from stages.contract.publish import make_folder, write_file
 from stages.contract.runner import store_lock
@@ -125,6 +126,7 @@ def COMMAND(**options: Any) -> int:
     store: Path = options["store"]
     if not store.is_dir():
         raise BadConfig("gc.no_store", "there is no such store", where=str(store), fix="name it with --store")
+    require_format(store)
     if options["pin"]:
         messages.say(f"pinned: {pin(store, options['runs'], options['pin'])}")
     if options["delete"]:
