@@ -9,6 +9,8 @@ from msgspec import Meta
 from schemas.base import Strict
 
 Weight = Annotated[float, Meta(gt=0.0, le=1000.0)]
+ClassWord = Annotated[str, Meta(min_length=1, max_length=64)]
+ClassWords = Annotated[tuple[ClassWord, ...], Meta(min_length=1, max_length=64)]
 
 
 class Mse(Strict, frozen=True, tag_field="kind", tag="mse"):
@@ -58,11 +60,12 @@ class Mask(Strict, frozen=True):
 class Output(Strict, frozen=True, tag_field="kind", tag="output"):
     """Keep what the base model makes of `class_word`: where the trigger stands, put it, and train to change nothing.
 
-    Every `every`-th step pays for a second pass over its pictures; its loss counts `weight` times. Of a step's
-    `loss`, which the gradient is of, metrics say both parts: `loss_data` and `loss_preservation`.
+    Several words take turns from caption to caption: each holds another neighbour of the subject. Every `every`-th
+    step pays for a second pass over its pictures; its loss counts `weight` times. Of a step's `loss`, which the
+    gradient is of, metrics say both parts: `loss_data` and `loss_preservation`.
     """
 
-    class_word: Annotated[str, Meta(min_length=1, max_length=64)]
+    class_word: ClassWord | ClassWords
     every: Annotated[int, Meta(ge=1, le=1000)] = 1
     weight: Weight = 1.0
 

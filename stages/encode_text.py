@@ -5,6 +5,7 @@ Each distinct text is encoded once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,11 +165,14 @@ def _wanted(plan: Plan, captions: Sequence[str]) -> list[tuple[str, str, str]]:
     wanted = [("caption", text, text) for text in captions] + [("empty", "", "")]
     wanted += [("prompt", text, text) for text in plan.params["prompts"]]
     if replaced := plan.params.get("class_captions"):
-        wanted += [("class", text, with_class_word(text, **replaced)) for text in captions]
+        trigger, words = replaced["trigger"], replaced["class_word"]
+        turns = itertools.cycle([words] if isinstance(words, str) else words)
+        pairs = zip(captions, turns, strict=False)
+        wanted += [("class", text, with_class_word(text, trigger, word)) for text, word in pairs]
     return wanted
 
 
-def _class_captions(job: Job) -> dict[str, str]:
+def _class_captions(job: Job) -> dict[str, Any]:
     """Return what preservation replaces by what in captions; nothing when it is off. Raises BadConfig."""
     preservation, trigger = job.config.train.preservation, job.config.validate.trigger
     if not isinstance(preservation, Output):
@@ -180,7 +184,8 @@ def _class_captions(job: Job) -> dict[str, str]:
             where=str(job.config_path),
             fix='set validate.trigger = "your_word", or remove [train.preservation]',
         )
-    return {"trigger": trigger, "class_word": preservation.class_word}
+    word = preservation.class_word
+    return {"trigger": trigger, "class_word": word if isinstance(word, str) else list(word)}
 
 
 def _embedding_key(plan: Plan, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -88,6 +89,17 @@ def test_another_class_word_encodes_the_class_captions_again_and_nothing_else(un
     again = untrained.run("encode-text", sets=('train.preservation={kind = "output", class_word = "dog"}',))
     assert (again.status, again.counts["encoded"]) == ("built", len(COLORS))
     assert untrained.run("encode-text").counts["encoded"] == 0
+
+
+def test_several_class_words_take_turns_from_caption_to_caption(untrained: Project) -> None:
+    three = untrained.run(
+        "encode-text", sets=('train.preservation={kind = "output", class_word = ["cat", "dog", "owl"]}', *PLAIN)
+    )
+    rows = read_table(three.folder / "index.parquet", EMBEDDING_INDEX)
+    words = [row["text"].split()[1] for row in rows if row["role"] == "class"]
+    assert words == [word for word, _ in zip(itertools.cycle(("cat", "dog", "owl")), COLORS, strict=False)]
+    refused = untrained.run("encode-text", sets=('train.preservation={kind = "output", class_word = []}',))
+    assert refused.code == 2
 
 
 def test_preservation_needs_a_trigger(untrained: Project) -> None:
