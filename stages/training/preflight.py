@@ -17,18 +17,24 @@ from stages.flux2.load import transformer_formats
 from stages.flux2.variants import Variant
 from stages.training.data import TrainingData
 from stages.training.memory import Demand, Device, Packed, Sizes, device_bytes, require, sizes
+from stages.training.timesteps import window
 
 # Of metrics per step; every checkpoint holds those of all steps before it.
 LINE_BYTES = 160
 
 
 def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -> None:
-    """Raise NoResources where the training of `job` would surely run out of memory or disk; warn where it may."""
+    """Raise NoResources where the training of `job` would surely run out of memory or disk; warn where it may.
+
+    Raises BadConfig for a window of timesteps that pictures of some size never fall into.
+    """
     settings, model = job.config.train, model_of(job)
-    window, items = settings.batch_size * settings.gradient_accumulation, len(data.buckets)
-    if window > items:
+    for tokens in {height * width for _, (height, width) in data.buckets}:
+        window(settings.timesteps, tokens)
+    taken, items = settings.batch_size * settings.gradient_accumulation, len(data.buckets)
+    if taken > items:
         job.warn(
-            f"train.batch_size times train.gradient_accumulation is {window}, more than the {items} items there are: "
+            f"train.batch_size times train.gradient_accumulation is {taken}, more than the {items} items there are: "
             "a step takes fewer, or repeats some"
         )
     require_disk(job, needs(settings, sizes(model.variant, settings, backend.compute_dtype), steps_done))

@@ -54,6 +54,18 @@ def draw(spec: Timesteps, moment: Moment, item_ids: Sequence[str], tokens: int) 
 
     Raises BadConfig for a window that the distribution practically never reaches.
     """
+    low, high = window(spec, tokens)
+    numbers = [_number(spec, moment, item_id, place) for place, item_id in enumerate(item_ids, moment.place)]
+    drawn = [quantile(spec, low + number * (high - low), tokens) for number in numbers]
+    # Only what rounding leaves outside.
+    return np.clip(np.array(drawn, dtype=np.float32), np.float32(spec.minimum), np.float32(spec.maximum))
+
+
+def window(spec: Timesteps, tokens: int) -> tuple[float, float]:
+    """Return the probabilities of a draw below the window of `spec`, and below its end, at `tokens` image tokens.
+
+    Raises BadConfig for a window that the distribution practically never reaches.
+    """
     low, high = probability(spec, spec.minimum, tokens), probability(spec, spec.maximum, tokens)
     if high - low < LEAST_PROBABILITY:
         raise BadConfig(
@@ -63,10 +75,7 @@ def draw(spec: Timesteps, moment: Moment, item_ids: Sequence[str], tokens: int) 
             why=f"a share of {high - low:.1e} lies in {spec.minimum}..{spec.maximum}, expected {LEAST_PROBABILITY}",
             fix="widen train.timesteps.minimum and maximum, or take another kind",
         )
-    numbers = [_number(spec, moment, item_id, place) for place, item_id in enumerate(item_ids, moment.place)]
-    drawn = [quantile(spec, low + number * (high - low), tokens) for number in numbers]
-    # Only what rounding leaves outside.
-    return np.clip(np.array(drawn, dtype=np.float32), np.float32(spec.minimum), np.float32(spec.maximum))
+    return low, high
 
 
 def _number(spec: Timesteps, moment: Moment, item_id: str, place: int) -> float:

@@ -250,6 +250,8 @@ def test_settings_that_are_refused_are_no_training_begun(done: Project) -> None:
     before = contents(done.results)
     refused = done.run("train", sets=("train.targets=['nothing.*']",))
     assert (refused.code, refused.error) == (2, "train.no_such_target")
+    refused = done.run("train", sets=("train.timesteps.minimum=0.99999",))
+    assert (refused.code, refused.error) == (2, "timesteps.empty_window")
     assert (done.root / "nowhere.safetensors").write_bytes(done.lora.read_bytes()) > 0
     other = ("train.init_lora=nowhere.safetensors", "train.rank=2")
     assert (done.run("train", sets=other).error, contents(done.results)) == ("train.init_lora_rank", before)
