@@ -18,6 +18,7 @@ from schemas.errors import BadConfig
 from schemas.quantize import Quantize
 from schemas.train import Train
 from stages.console import messages
+from stages.console.invocation import shared
 from stages.dataset.buckets import PATCH_PX
 from stages.flux2.variants import VARIANTS, Variant
 
@@ -129,6 +130,7 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
     )
 
 
+@shared("json", "debug")
 @click.command("bench", help=HELP, context_settings={"show_default": True})
 @click.argument("model", type=click.Choice(list(VARIANTS)))
 @click.option("--size", type=click.IntRange(32, 2048), multiple=True, default=[512], help="Side of the pictures.")
@@ -138,8 +140,6 @@ def measure(transformer: Transformer, variant: Variant, size_px: int, settings: 
 @click.option("--steps", type=click.IntRange(1, 10000), default=10, help="Steps to measure.")
 @click.option("--checkpointing", type=click.Choice(["on", "off", "both"]), default="both", help="Of gradients.")
 @click.option("--compile", type=click.Choice(["on", "off", "both"]), default="off", help="Of the step.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `bench` command."""
     import mlx.core as mx

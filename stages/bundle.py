@@ -14,7 +14,7 @@ import msgspec
 from schemas.errors import BadConfig
 from schemas.manifest import FileRecord, Manifest, Result
 from stages.console import messages
-from stages.console.invocation import PATH, job_of, places
+from stages.console.invocation import PATH, job_of, places, shared
 from stages.contract.artifacts import holder, record
 from stages.contract.bundles import (
     LIST,
@@ -149,12 +149,10 @@ def _stored(job: Job, manifest: Manifest, folder: Path) -> Iterator[tuple[str, P
 
 
 @places
+@shared("json", "quiet", "debug")
 @click.command("bundle", help=HELP, context_settings={"max_content_width": 118})
 @click.option("--output", "-o", type=PATH, required=True, help="Where it goes: a .zip file, or a folder.")
 @click.option("--key", type=PATH, help="Sign it with this SSH key.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `bundle` command."""
     started = time.monotonic()

@@ -24,7 +24,7 @@ from schemas.errors import BadConfig, StageError, Stale, Stopped
 from schemas.manifest import Result, ResultError
 from schemas.version import VERSION
 from stages.console import messages
-from stages.console.invocation import job_of, place_options
+from stages.console.invocation import job_of, option, place_options
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.publish import no_resources
@@ -39,25 +39,26 @@ STAGES = {
     "preview": "Draw pictures from the saved LoRA at every checkpoint.",
     "verify": "Check every file from the LoRA back to the pictures.",
 }
+# The chain, looking at it, keeping it, sharing it, building.
 HELPERS = {
     "run": "Pictures in, LoRA out: write the pipeline and run its six stages.",
     "fetch": "Bring a model's files from the Hugging Face hub.",
-    "timesteps": "Show which noise levels a configuration trains.",
-    "find-lr": "Try rising learning rates on the cached latents, and suggest one.",
-    "ema": "Average the checkpoints of a training into one LoRA.",
-    "report": "Make one page about a run: previews, curves, dataset, settings.",
-    "compare": "Make one page of several runs side by side.",
-    "gc": "Show, or delete, what no run uses any more.",
+    "quantize": "Pack a model's weights once, for all runs that hold them so.",
+    "control": "Ask a training under way to pause, go on, stop, save or draw.",
     "plan": "Say what each stage would do, and whether it fits: memory, disk, time.",
     "why": "Say what changed since a stage ran: the file or setting, old and new.",
+    "timesteps": "Show which noise levels a configuration trains.",
+    "find-lr": "Try rising learning rates on the cached latents, and suggest one.",
+    "report": "Make one page about a run: previews, curves, dataset, settings.",
+    "compare": "Make one page of several runs side by side.",
     "repair": "Make again what is damaged in a run, and nothing else.",
-    "control": "Ask a training under way to pause, go on, stop, save or draw.",
-    "quantize": "Pack a model's weights once, for all runs that hold them so.",
-    "pretrain": "Make a small FLUX.2 from nothing, by a recipe.",
+    "ema": "Average the checkpoints of a training into one LoRA.",
+    "gc": "Show, or delete, what no run uses any more.",
     "bundle": "Pack what train needs, without the pictures, for another machine.",
     "unbundle": "Check a bundle and lay it out as a project.",
     "sign": "Sign what a store holds, so that others may take it.",
     "bench": "Measure training steps on this machine, with random weights.",
+    "pretrain": "Make a small FLUX.2 from nothing, by a recipe.",
 }
 TABLES = {
     "validate": "reads the dataset folder; writes dataset.parquet and captions.parquet",
@@ -68,13 +69,9 @@ TABLES = {
     "verify": "reads everything the run stands on; writes verify.json",
 }
 FLAGS = {
-    "force": "Do the work again even if it is done.",
     "explain": "Say what changed since last time, then run.",
     "wait": "Wait for another process instead of failing.",
     "paranoid": "Read every file again; trust no remembered digest.",
-    "json": "Print one JSON object on stdout.",
-    "quiet": "Print warnings and errors only.",
-    "debug": "Show tracebacks.",
 }
 OWN_FLAGS = {
     "train": {"resume-only": "Refuse to start a new trajectory (exit 5)."},
@@ -91,7 +88,9 @@ OWN_OPTIONS = {
     ],
     "verify": [
         click.Option(["--subset"], metavar="N/T|P%", default="", help="Read one part of T, or a random share."),
-        click.Option(["--recompute"], metavar="P%", default="", help="Make a random share of records and steps again."),
+        click.Option(
+            ["--recompute"], metavar="P%", default="", help="Make a random share of records and steps again."
+        ),
         click.Option(["--model"], default="", help="Judge FILE on this model: a short name, a folder or a hub id."),
         click.Argument(["file"], required=False, type=click.Path(path_type=Path)),
     ],
@@ -145,8 +144,10 @@ def _stage_command(name: str) -> click.Command:
         name,
         params=[
             *place_options(config_required=name != "verify"),
+            option("force"),
             *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags),
             *OWN_OPTIONS.get(name, []),
+            *map(option, ("json", "quiet", "debug")),
         ],
         callback=partial(_run_stage, name),
         help=f"{STAGES[name]}\n\nIt {TABLES[name]}.\n\n{example}",
@@ -159,7 +160,6 @@ def _run_stage(name: str, /, **options: Any) -> int:
     """Run one stage; return the exit code."""
     started = time.monotonic()
     as_json: bool = options.pop("json")
-    del options["debug"]
     messages.configure(quiet=options["quiet"])
     with _interruptible():
         if name == "verify" and (options["file"] is not None or options["config"] is None):

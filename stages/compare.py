@@ -13,7 +13,7 @@ from schemas import results
 from schemas.errors import BadConfig
 from schemas.manifest import Result
 from stages.console import messages
-from stages.console.invocation import PATH, run_folder
+from stages.console.invocation import PATH, run_folder, shared
 from stages.contract.publish import write_file
 
 MOST_RUNS = 6
@@ -26,15 +26,11 @@ Example:
 """
 
 
+@shared("store", "also", "runs", "json", "debug")
 @click.command("compare", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
 @click.option("--output", "-o", type=PATH, help="Where the page goes.  [default: compare.html among the runs]")
-@click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
-@click.option("--also", type=PATH, multiple=True, help="Another store to read from.")
-@click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
 @click.option("--open", "show", is_flag=True, help="Show the page in the browser.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(names: tuple[str, ...], **options: Any) -> int:
     """Be the `compare` command."""
     started = time.monotonic()

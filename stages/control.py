@@ -11,7 +11,7 @@ import msgspec
 from schemas.control import ACTIONS, Action
 from schemas.manifest import Result
 from stages.console import messages
-from stages.console.invocation import run_folder
+from stages.console.invocation import run_folder, shared
 from stages.training.control import ask
 
 HELP = """Ask a training under way to do something between two steps; wait until it says what it did.
@@ -31,18 +31,16 @@ Example:
 """
 
 
+@shared("runs", "json", "debug")
 @click.command("control", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.argument("run")
 @click.argument("action", type=click.Choice(ACTIONS))
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of results.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-def COMMAND(run: str, action: Action, runs: Path, *, as_json: bool) -> int:
+def COMMAND(run: str, action: Action, runs: Path, *, json: bool) -> int:
     """Be the `control` command."""
     started = time.monotonic()
     answer = ask(run_folder(runs, run), action, messages.say)
     messages.say(answer.said)
-    if as_json:
+    if json:
         result = Result(
             stage="control",
             status="built",

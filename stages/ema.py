@@ -16,7 +16,7 @@ import msgspec
 from schemas.errors import BadConfig, Stale
 from schemas.manifest import Result
 from stages.console import messages
-from stages.console.invocation import PATH, job_of, places
+from stages.console.invocation import PATH, job_of, places, shared
 from stages.contract.artifacts import Plan
 from stages.contract.digests import canonical_json
 from stages.contract.job import Job
@@ -103,12 +103,10 @@ def write(job: Job, tensors: Mapping[str, Tensor], about: Mapping[str, str], tar
 
 
 @places
+@shared("json", "quiet", "debug")
 @click.command("ema", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.option("--sigma-rel", type=WIDTH, default=0.1, help="Width of the average as a share of the training.")
 @click.option("--output", "-o", type=PATH, required=True, help="Where the LoRA goes, a .safetensors file.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `ema` command."""
     from stages.stores.tensors import tensor_digest

@@ -18,6 +18,7 @@ import msgspec
 from schemas.errors import BadConfig, Damaged, NoResources, Stopped
 from schemas.manifest import Result
 from stages.console import messages
+from stages.console.invocation import shared
 from stages.console.progress import Progress, progress
 from stages.contract.digests import StatCache
 from stages.contract.locks import hold
@@ -166,13 +167,11 @@ def bring(name: str, revision: str, *, quiet: bool) -> tuple[Snapshot, dict[str,
     return snapshot, counts
 
 
+@shared("json", "quiet", "debug")
 @click.command("fetch", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.argument("model")
 @click.option("--revision", default=cache.MAIN, help="A branch, tag or commit.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-def COMMAND(model: str, revision: str, *, as_json: bool, quiet: bool) -> int:
+def COMMAND(model: str, revision: str, *, json: bool, quiet: bool) -> int:
     """Be the `fetch` command."""
     started = time.monotonic()
     messages.configure(quiet=quiet)
@@ -188,7 +187,7 @@ def COMMAND(model: str, revision: str, *, as_json: bool, quiet: bool) -> int:
         ) from error
     messages.say(f"{name} at {snapshot.commit}: {counts['loaded']} files loaded, {counts['reused']} were there")
     messages.say(str(snapshot.folder))
-    if as_json:
+    if json:
         result = Result(
             stage="fetch",
             status="built" if counts["loaded"] else "up to date",

@@ -18,7 +18,7 @@ from schemas.optimizers import Prodigy
 from schemas.schedules import Rising
 from schemas.train import Train
 from stages.console import messages
-from stages.console.invocation import PATH, job_of, places
+from stages.console.invocation import PATH, job_of, places, shared
 from stages.contract.job import Job
 from stages.contract.publish import write_file
 from stages.contract.runner import reading
@@ -101,14 +101,12 @@ def sweep(job: Job, settings: Train) -> Sweep:
 
 
 @places
+@shared("json", "quiet", "debug")
 @click.command("find-lr", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.option("--lowest", type=RATE, help="Rate of the first step; by default a hundredth of the optimizer's own.")
 @click.option("--highest", type=RATE, help="Rate of the last step; by default 1000 times the optimizer's own.")
 @click.option("--steps", type=click.IntRange(10, 10_000), default=100, help="Steps to take at most.")
 @click.option("--output", "-o", type=PATH, default=Path("find-lr.png"), help="Where the chart goes.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `find-lr` command."""
     from stages.training.sweep import found

@@ -19,6 +19,7 @@ from schemas import results
 from schemas.errors import BadConfig
 from schemas.manifest import Result
 from stages.console import messages
+from stages.console.invocation import PATH, shared
 from stages.contract.formats import require_format
 from stages.contract.locks import hold
 from stages.contract.publish import make_folder, write_file
@@ -39,7 +40,6 @@ Example:
   flux2-lora gc --runs runs --runs old/runs --older-than 30 --delete
   flux2-lora gc --pin blue-cat                   # keep all that run uses, until store/pins/blue-cat is removed
 """
-PATH = click.Path(path_type=Path)
 
 
 def pin(store: Path, runs: Sequence[Path], name: str) -> Path:
@@ -106,8 +106,8 @@ def collect(options: Mapping[str, Any]) -> tuple[Reach, list[Thing], dict[str, i
     return reach, things, done
 
 
+@shared("store", "json", "quiet", "debug")
 @click.command("gc", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
-@click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
 @click.option(
     "--runs", type=PATH, multiple=True, default=[Path("runs")], help="Folder of results; every one of them."
 )
@@ -116,9 +116,6 @@ def collect(options: Mapping[str, Any]) -> tuple[Reach, list[Thing], dict[str, i
 @click.option("--compact", is_flag=True, help="Put small fragments together; acts with --delete.")
 @click.option("--pin", metavar="RUN", help="Keep what this run uses, even when its folder is gone.")
 @click.option("--wait", is_flag=True, help="Wait for stages at work instead of failing.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `gc` command."""
     started = time.monotonic()

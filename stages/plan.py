@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from stages.console import messages
-from stages.console.invocation import job_of, places
+from stages.console.invocation import job_of, places, shared
 
 HELP = """Say what each stage would do and what that takes: work, peak memory, disk, time. Nothing is written.
 
@@ -28,13 +28,11 @@ Example:
 
 
 @places
+@shared("json", "quiet", "debug")
 @click.command("plan", help=HELP, context_settings={"max_content_width": 118})
 @click.option(
     "--bench", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="What bench --json printed here."
 )
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `plan` command."""
     from stages.outlook.prospect import tell

@@ -11,7 +11,7 @@ import click
 
 from schemas.pretrain import Recipe
 from stages.console import messages
-from stages.console.invocation import PATH
+from stages.console.invocation import PATH, shared
 from stages.contract.config import load_settings
 
 HELP = """Train a small FLUX.2 from nothing: autoencoder, then transformer, on captioned shapes drawn on the spot.
@@ -25,12 +25,12 @@ Example:
 """
 
 
+@shared("debug")
 @click.command("pretrain", help=HELP, context_settings={"max_content_width": 118})
 @click.argument("part", type=click.Choice(["bench", "autoencoder", "transformer", "all"]))
 @click.option("--recipe", type=PATH, required=True, help="The recipe, a TOML file.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Override a setting of the recipe.")
 @click.option("--output", "-o", type=PATH, required=True, help="The folder the parts go to.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `pretrain` command."""
     recipe = load_settings(Recipe, options["recipe"], options["assignments"])

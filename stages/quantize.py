@@ -17,7 +17,7 @@ import msgspec
 from schemas.errors import BadConfig
 from schemas.manifest import Manifest, Result
 from stages.console import messages
-from stages.console.invocation import job_of, places
+from stages.console.invocation import job_of, places, shared
 from stages.contract.artifacts import Built, Plan
 from stages.contract.job import Job
 from stages.contract.runner import run_stage
@@ -71,11 +71,8 @@ class Quantize:
 
 
 @places
+@shared("force", "json", "quiet", "debug")
 @click.command("quantize", help=HELP, context_settings={"max_content_width": 118})
-@click.option("--force", is_flag=True, help="Do the work again even if it is done.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `quantize` command."""
     started = time.monotonic()

@@ -19,7 +19,7 @@ import msgspec
 from schemas.errors import BadConfig, Fault, Stale
 from schemas.manifest import Result, ResultError
 from stages.console import messages
-from stages.console.invocation import job_of, places
+from stages.console.invocation import job_of, places, shared
 from stages.contract.artifacts import artifact_key, find, read_receipt
 from stages.contract.job import Job
 from stages.contract.runner import Stage, load_stage, run_stage
@@ -90,11 +90,9 @@ def _stands(job: Job, stage: Stage) -> bool:
 
 
 @places
+@shared("json", "quiet", "debug")
 @click.command("repair", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.argument("findings", required=False)
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `repair` command."""
     started = time.monotonic()

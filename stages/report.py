@@ -15,7 +15,7 @@ import msgspec
 from schemas import results
 from schemas.manifest import Result
 from stages.console import messages
-from stages.console.invocation import PATH, run_folder
+from stages.console.invocation import PATH, run_folder, shared
 from stages.contract.publish import write_file
 
 HELP = """Make one page about a run: previews with a slider, curves, dataset, settings, and what was made of what.
@@ -28,16 +28,12 @@ Example:
 """
 
 
+@shared("store", "also", "runs", "json", "debug")
 @click.command("report", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.argument("run")
 @click.option("--output", "-o", type=PATH, help="Where the page goes.  [default: report.html in the run's folder]")
 @click.option("--config", "-c", type=PATH, help="The pipeline's TOML file; it knows where the pictures are.")
-@click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
-@click.option("--also", type=PATH, multiple=True, help="Another store to read from.")
-@click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
 @click.option("--open", "show", is_flag=True, help="Show the page in the browser.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(run: str, **options: Any) -> int:
     """Be the `report` command."""
     started = time.monotonic()

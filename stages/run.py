@@ -28,6 +28,7 @@ from schemas.manifest import Result
 from schemas.run import Config
 from schemas.train import Train
 from stages.console import messages
+from stages.console.invocation import PATH, shared
 from stages.console.progress import ChainDisplay, Status
 from stages.contract.artifacts import restore_file
 from stages.contract.config import load_config
@@ -231,11 +232,11 @@ Example:
   flux2-lora run photos --model klein-base-4b --trigger sks --output sks.safetensors \\
       --max-steps 1500 --validation-prompt "sks on a couch"
 """
-PATH = click.Path(path_type=Path)
 DEFAULTS = Train()
 MODELS = f"One of {', '.join(VARIANTS)}; or a folder; or a hub id."
 
 
+@shared("store", "runs", "json", "debug")
 @click.command("run", help=HELP, context_settings={"max_content_width": 118, "show_default": True})
 @click.argument("pictures", type=PATH)
 @click.option("--model", default="klein-base-4b", help=MODELS)
@@ -251,12 +252,8 @@ MODELS = f"One of {', '.join(VARIANTS)}; or a folder; or a hub id."
 @click.option("--validation-prompt", multiple=True, help="A prompt to draw at every checkpoint.")
 @click.option("--validation-seed", type=int, default=42, help="Seed of the previews.")
 @click.option("--validation-size", type=int, default=512, help="Side of the previews in pixels.")
-@click.option("--store", type=PATH, envvar="FLUX2_LORA_STORE", default=Path("store"), help="Folder of artifacts.")
-@click.option("--runs", type=PATH, default=Path("runs"), help="Folder of results.")
 @click.option("--plan", is_flag=True, help="Say what it would do and take, then stop.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `run` command."""
     started = time.monotonic()

@@ -12,7 +12,7 @@ import msgspec
 from schemas.errors import BadConfig
 from schemas.manifest import Result
 from stages.console import messages
-from stages.console.invocation import PATH
+from stages.console.invocation import PATH, shared
 from stages.contract.publish import no_resources
 from stages.contract.trust import SIGNATURES, sign_store
 
@@ -27,12 +27,10 @@ Example:
 """
 
 
+@shared("json", "quiet", "debug")
 @click.command("sign", help=HELP, context_settings={"max_content_width": 118})
 @click.argument("store", type=PATH)
 @click.option("--key", type=PATH, required=True, help="The SSH key; its public part is for the others.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `sign` command."""
     started = time.monotonic()

@@ -17,6 +17,7 @@ from schemas.manifest import Result
 from schemas.run import Config
 from schemas.timesteps import Shift
 from stages.console import messages
+from stages.console.invocation import shared
 from stages.contract.config import load_config
 from stages.dataset.buckets import PATCH_PX
 
@@ -64,14 +65,10 @@ def rows(drawn: Mapping[str, Drawn]) -> list[list[str]]:
     ]
 
 
+@shared("config", "set", "runs", "json", "debug")
 @click.command("timesteps", help=HELP, context_settings={"show_default": True})
-@click.option("--config", "-c", required=True, type=click.Path(path_type=Path), help="The pipeline's TOML file.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Override one setting.")
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Folder of results.")
 @click.option("--draws", type=click.IntRange(100, 1_000_000), default=10_000, help="Steps to draw for.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-def COMMAND(config: Path, assignments: tuple[str, ...], runs: Path, draws: int, *, as_json: bool) -> int:
+def COMMAND(config: Path, assignments: tuple[str, ...], runs: Path, draws: int, *, json: bool) -> int:
     """Be the `timesteps` command."""
     from stages.console.histogram import timesteps_chart
 
@@ -84,7 +81,7 @@ def COMMAND(config: Path, assignments: tuple[str, ...], runs: Path, draws: int, 
     header = ["t (1 is noise)", *(part for name in drawn for part in (f"draws, {name}", f"weight, {name}"))]
     messages.table(f"Timesteps: {kind}", header, rows(drawn))
     messages.say(f"the histogram: {path}")
-    if as_json:
+    if json:
         result = Result(
             stage="timesteps",
             status="built",

@@ -12,7 +12,7 @@ import msgspec
 from schemas.errors import BadConfig, Untrusted
 from schemas.manifest import Result
 from stages.console import messages
-from stages.console.invocation import PATH
+from stages.console.invocation import PATH, shared
 from stages.contract.artifacts import write_receipt
 from stages.contract.bundles import (
     PIPELINE,
@@ -74,14 +74,12 @@ def unbundle(path: Path, target: Path, allowed: Path | None, *, unsigned: bool) 
     return bundle, sha256_bytes(data), by
 
 
+@shared("json", "quiet", "debug")
 @click.command("unbundle", help=HELP, context_settings={"max_content_width": 118})
 @click.argument("bundle", type=PATH)
 @click.option("--output", "-o", type=PATH, help="The new folder (the bundle's name, in this folder).")
 @click.option("--trust", type=PATH, metavar="FILE", help="Whose signatures count.")
 @click.option("--unsigned", is_flag=True, help="Take it from whoever it is.")
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `unbundle` command."""
     started = time.monotonic()

@@ -12,7 +12,7 @@ import msgspec
 
 from schemas.manifest import Result
 from stages.console import messages
-from stages.console.invocation import job_of, places
+from stages.console.invocation import job_of, places, shared
 from stages.inspection.lineage import MAKERS
 
 if TYPE_CHECKING:
@@ -42,10 +42,9 @@ def shown(found: Why) -> list[str]:
 
 
 @places
+@shared("json", "debug")
 @click.command("why", help=HELP, context_settings={"max_content_width": 118})
 @click.argument("stage", required=False, type=click.Choice(MAKERS))
-@click.option("--json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def COMMAND(**options: Any) -> int:
     """Be the `why` command."""
     from stages.outlook.chain import look_ahead

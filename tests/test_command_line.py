@@ -19,6 +19,7 @@ from schemas import errors
 from schemas.errors import StageError
 from schemas.manifest import Result
 from stages import cli
+from stages.console.invocation import SHARED, option
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "pipelines" / "demo.toml"
@@ -102,6 +103,27 @@ def test_every_stage_and_helper_is_a_command() -> None:
         "cli",
     }
     assert verbs == set(COMMANDS)
+
+
+def test_readme_lists_every_helper_in_the_order_of_the_program() -> None:
+    table = (ROOT / "README.md").read_text().partition("| helper | what it does |")[2].partition("\n\n")[0]
+    first = [row.split("|")[1] for row in table.splitlines()[2:]]
+    assert [word.split()[0] for cell in first for word in re.findall(r"`([^`]+)`", cell)] == list(cli.HELPERS)
+
+
+# What one command means by an option that others have under that name.
+OWN = {
+    ("gc", "--runs"), ("gc", "--wait"), ("run", "--quiet"), ("report", "--config"), ("unbundle", "--trust"),
+    ("pretrain", "--set"), ("verify", "--config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_option_of_several_commands_is_the_same_in_each(name: str) -> None:
+    for parameter in command(name).params:
+        shared = parameter.opts[0].removeprefix("--")
+        if parameter.opts[0].startswith("--") and shared in SHARED and (name, parameter.opts[0]) not in OWN:
+            assert parameter.to_info_dict() == option(shared).to_info_dict()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

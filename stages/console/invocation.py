@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,52 @@ PATH = click.Path(path_type=Path)
 STORE, RUNS = Path("store"), Path("runs")
 
 
-def place_options(*, config_required: bool = True) -> list[click.Parameter]:
+# What several commands have is spelled, explained and defaulted here, for all of them.
+SHARED: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
+    "config": (("--config", "-c"), {"required": True, "type": PATH, "help": "The pipeline's TOML file."}),
+    "set": (("--set", "assignments"), {"multiple": True, "metavar": "A.B=C", "help": "Override one setting."}),
+    "store": (
+        ("--store",),
+        {
+            "type": PATH,
+            "envvar": "FLUX2_LORA_STORE",
+            "default": STORE,
+            "show_default": True,
+            "help": "Folder of artifacts, shared by all runs.",
+        },
+    ),
+    "also": (("--also",), {"type": PATH, "multiple": True, "help": "Another store to read from."}),
+    "trust": (
+        ("--trust",),
+        {"type": PATH, "metavar": "FILE", "help": "Whose signatures count in other people's stores."},
+    ),
+    "runs": (("--runs",), {"type": PATH, "default": RUNS, "show_default": True, "help": "Folder of results."}),
+    "force": (("--force",), {"is_flag": True, "help": "Do the work again even if it is done."}),
+    "json": (("--json",), {"is_flag": True, "help": "Print one JSON object on stdout."}),
+    "quiet": (("--quiet",), {"is_flag": True, "help": "Print warnings and errors only."}),
+    "debug": (("--debug",), {"is_flag": True, "expose_value": False, "help": "Show tracebacks."}),
+}
+
+
+def option(name: str, **other: Any) -> click.Option:
+    """Return the option that several commands have under that name; `other` is what one of them has otherwise."""
+    spellings, about = SHARED[name]
+    return click.Option(spellings, **{**about, **other})
+
+
+def shared(*names: str) -> Callable[[click.Command], click.Command]:
+    """Put options that other commands have as well behind a command's own."""
+
+    def having(command: click.Command) -> click.Command:
+        command.params = [*command.params, *map(option, names)]
+        return command
+
+    return having
+
+
+def place_options(*, config_required: bool = True) -> list[click.Option]:
     """Return the options that say what to run and where things lie."""
-    return [
-        click.Option(["--config", "-c"], required=config_required, type=PATH, help="The pipeline's TOML file."),
-        click.Option(["--set", "assignments"], multiple=True, metavar="A.B=C", help="Override one setting."),
-        click.Option(
-            ["--store"],
-            type=PATH,
-            envvar="FLUX2_LORA_STORE",
-            default=STORE,
-            show_default=True,
-            help="Folder of artifacts, shared by all runs.",
-        ),
-        click.Option(["--also"], type=PATH, multiple=True, help="Another store to read from."),
-        click.Option(["--trust"], type=PATH, metavar="FILE", help="Whose signatures count in other people's stores."),
-        click.Option(["--runs"], type=PATH, default=RUNS, show_default=True, help="Folder of results."),
-    ]
+    return [option("config", required=config_required), *map(option, ("set", "store", "also", "trust", "runs"))]
 
 
 def places(command: click.Command) -> click.Command:
