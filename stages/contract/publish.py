@@ -213,6 +213,16 @@ def _written(data: bytes, aside: Path, target: Path) -> bool:
     return True
 
 
+def sweep_siblings(folder: Path) -> None:
+    """Remove from a folder what writers that died left aside: files of a name that nobody may ever write again."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb", opener=regular) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its writer may have published it, and another begun, since we looked.
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                path.unlink()
+
+
 def regular(path: str, flags: int) -> int:
     """Open a file; raise OSError for a link, a pipe or a device that somebody put in its place."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

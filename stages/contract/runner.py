@@ -31,7 +31,7 @@ from stages.contract.formats import require_format
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.locks import hold, share
-from stages.contract.publish import no_resources, publish_folder, sweep, workspace
+from stages.contract.publish import no_resources, publish_folder, sweep, sweep_siblings, workspace
 from stages.contract.trust import adopt, require_own
 
 STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
@@ -260,9 +260,7 @@ def _run(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outcom
     manifest, folder = done
     # Of a process that died after publishing, nobody else would.
     sweep(job.store)
-    with no_resources(job.run_folder):
-        stage.restore(job, folder, manifest)
-        write_receipt(job.run_folder, manifest)
+    _show(stage, job, folder, manifest)
     return Outcome(manifest, folder, stage.reused(manifest), time.monotonic() - started, built=False)
 
 
@@ -277,10 +275,16 @@ def _build(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outc
         manifest = write_manifest(work, (stage.name, stage.version, key), plan, built, about)
         folder = job.store / stage.name / key
         publish_folder(work, folder)
+    _show(stage, job, folder, manifest)
+    return Outcome(manifest, folder, built.counts, time.monotonic() - started, built=True)
+
+
+def _show(stage: Stage, job: Job, folder: Path, manifest: Manifest) -> None:
+    """Put the results into the run folder and point the run at the artifact; what dead processes left there goes."""
     with no_resources(job.run_folder):
+        sweep_siblings(job.run_folder)
         stage.restore(job, folder, manifest)
         write_receipt(job.run_folder, manifest)
-    return Outcome(manifest, folder, built.counts, time.monotonic() - started, built=True)
 
 
 def _require_unmoved(stage: Stage, job: Job, key: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from schemas.errors import BadConfig, NoResources
 from stages.contract import publish
-from stages.contract.publish import beside, publish_file, publish_folder, sweep, workspace, write_file
+from stages.contract.publish import beside, publish_file, publish_folder, sweep, sweep_siblings, workspace, write_file
 from tests.contract.dying import deaths
 
 WORK_AND_WAIT = """
@@ -269,6 +269,21 @@ def test_folder_beside_a_target_is_removed_and_so_is_what_a_dead_process_left_th
     with beside(target):
         assert not left.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_dead_writers_left_aside_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    for name in (".a.tmp", ".b.tmp", ".hidden", "c.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".folder.tmp").mkdir()
+    (tmp_path / ".link.tmp").symlink_to(tmp_path / "c.tmp")
+    with (tmp_path / ".b.tmp").open("rb") as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        sweep_siblings(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".b.tmp", ".hidden", "c.tmp", ".folder.tmp", ".link.tmp"}
+    sweep_siblings(tmp_path)
+    assert not (tmp_path / ".b.tmp").exists()
+    sweep_siblings(tmp_path / "none")
 
 
 def test_link_in_place_of_the_work_folder_is_not_followed(tmp_path: Path) -> None:

@@ -18,7 +18,12 @@ from tests.faults.points import BEYOND, Call, calls, chosen, distinct
 from tests.faults.zygote import Answer, Fault
 
 # Every step is saved and takes the place of the one before; pictures are left to preview.
-SETTINGS = ("train.steps=4", "train.checkpoint_every=1", "train.rotation={keep_last=1, keep_best=false}", "preview.during_training=false")
+SETTINGS = (
+    "train.steps=4",
+    "train.checkpoint_every=1",
+    "train.rotation={keep_last=1, keep_best=false}",
+    "preview.during_training=false",
+)
 CHECKPOINT = re.compile(r"/store/checkpoints/[0-9a-f]+/([0-9]+)")
 
 
