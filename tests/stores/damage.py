@@ -24,7 +24,8 @@ def flipped_bits(path: Path, count: int, *, within: range | None = None) -> Iter
 def other_lengths(path: Path, count: int) -> Iterator[int]:
     """Cut the file at `count` places, empty and one byte short among them, then lengthen it."""
     whole = path.read_bytes()
-    cuts = sorted({0, 1, len(whole) - 1, *(random.Random(8).randrange(len(whole)) for _ in range(count))})
+    draw = random.Random(8)
+    cuts = sorted({0, 1, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(count))})
     for data in (*(whole[:cut] for cut in cuts), whole + b"\0", whole + whole):
         path.write_bytes(data)
         yield len(data)
