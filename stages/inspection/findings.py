@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from schemas.errors import Damaged, Fault, StageError, Stale, Untrusted
+from schemas.errors import Damaged, Fault, StageError, Stale, Stopped, Untrusted
 from schemas.manifest import FileRecord, Manifest
 from stages.contract.digests import sha256_file
 from stages.contract.job import Job
@@ -44,9 +44,11 @@ class Inspection:
 
     @contextmanager
     def noting(self) -> Generator[None]:
-        """Note what the body raises, and go on."""
+        """Note what the body raises, and go on; a stop ends it all."""
         try:
             yield
+        except Stopped:
+            raise
         except StageError as error:
             self.failed(error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import BadConfig, Damaged, NoResources, StageError
+from schemas.errors import BadConfig, Damaged, NoResources, StageError, Stopped
 from stages.contract.job import Job
 from stages.contract.runner import Encoder, load_stage
 from stages.flux2.identity import model_without_making
@@ -132,6 +132,8 @@ def _recompute(
             if not distance <= MOST_DISTANCE:
                 what = f"a record is not what the model makes of its source: they differ by {distance:.2g}"
                 inspection.error(Damaged, f"{kind}.recomputed", what, f"record {key}", fix)
+    except Stopped:
+        raise
     except StageError as error:
         inspection.leave_out(f"the {kind} made again ({error.faults[0].what})")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from schemas import results
-from schemas.errors import Damaged, StageError, Stopped
+from schemas.errors import Damaged, Diverged, StageError, Stopped
 from schemas.manifest import Manifest
 from stages.console.progress import Progress, progress
 from stages.contract.job import Job
@@ -114,7 +114,7 @@ def _recorded(path: Path) -> Lines | None:
     try:
         lines = [msgspec.json.decode(line, type=dict[str, float | None]) for line in path.read_bytes().splitlines()]
         return {int(line["step"] or 0): line for line in lines}
-    except (OSError, KeyError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, KeyError, OverflowError, ValueError, msgspec.MsgspecError):
         return None
 
 
@@ -197,7 +197,11 @@ def _take_again(replay: _Replay, found: Sequence[Checkpoint], stretches: Sequenc
     with progress("replay", total=count, quiet=inspection.job.flags.quiet) as bar:
         for stretch in stretches:
             before = beginning if stretch.start is None else stretch.start.state()
-            _compare(replay, stretch, _again(replay, before, stretch.last, bar), before)
+            try:
+                _compare(replay, stretch, _again(replay, before, stretch.last, bar), before)
+            except Diverged as error:
+                inspection.count_again("steps", "other", stretch.count)
+                _differs(replay, stretch, error.faults[0].what)
     if count < steps:
         inspection.leave_out(f"{steps - count} of {steps} training steps")
     reached = {stretch.end.step for stretch in stretches if stretch.last == stretch.end.step}
@@ -235,9 +239,14 @@ def _compare(replay: _Replay, stretch: Stretch, lines: Sequence[Mapping[str, flo
     same = not any(True for _ in _other_lines(replay.recorded, lines, exact=True)) and _same(made, after)
     inspection.count_again("steps", "other" if faults else "equal" if same else "close", len(lines))
     for what in faults[:1]:
-        text = f"training again from step {stretch.first}, {what}"
-        where = stretch.end.folder if whole else f"steps {stretch.first + 1} to {stretch.last}"
-        inspection.error(Damaged, "train.replayed", text, where, f"{inspection.job.remedy('train')} --force")
+        _differs(replay, stretch, what)
+
+
+def _differs(replay: _Replay, stretch: Stretch, what: str) -> None:
+    """Note that a stretch does not come to what was recorded."""
+    job = replay.inspection.job
+    text = f"training again from step {stretch.first} to {stretch.last}: {what}"
+    replay.inspection.error(Damaged, "train.replayed", text, stretch.end.folder, f"{job.remedy('train')} --force")
 
 
 def _other_lines(recorded: Lines, lines: Sequence[Mapping[str, float]], *, exact: bool) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from schemas.errors import BadConfig, Damaged, NoResources, StageError, Stale
+from schemas.errors import BadConfig, Damaged, NoResources, StageError, Stale, Stopped
 from stages.contract.artifacts import keyed
 from stages.contract.digests import canonical_json
 from stages.inspection.findings import Artifact, Chain, Inspection, content
@@ -74,6 +74,8 @@ def _validate_again(inspection: Inspection, validated: Artifact, items: list[dic
             lambda _done, _total: None,
             None if beside is None else job.located(beside),
         )
+    except Stopped:
+        raise
     except StageError as error:
         inspection.failed(error)
         return

@@ -275,6 +275,24 @@ def test_records_made_again_are_equal_to_the_bit_and_counted(project: Project) -
 
 
 @pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("stages.encode_latents._latent", ("--recompute", "100%")),
+        ("stages.encode_text._embedding", ("--recompute", "100%")),
+        ("stages.dataset.items.build_items", ("--deep",)),
+        ("stages.inspection.records._values", ("--deep",)),
+    ],
+)
+def test_stop_ends_verify_wherever_it_is(
+    project: Project, monkeypatch: pytest.MonkeyPatch, name: str, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    ran = project.run("verify", *flags)
+    assert (ran.code, ran.error) == (130, "run.stopped")
+    assert not (project.results / "verify.json").exists()
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--subset", "4/3"), "neither part n/t nor a share"),
