@@ -69,7 +69,7 @@ class Stretch:
         return self.first + self.count
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Replay:
     """A training that can be taken up anywhere: `job` as it was made, `device` what computes now."""
 
@@ -92,12 +92,16 @@ def check_steps(inspection: Inspection, chain: Chain) -> None:
     train, folder = chain["train"]
     found = list_checkpoints(inspection.job.stores, trajectory_of(train.params, train.inputs))
     found = [each for each in found if each.step <= train.params["steps"]]
+    recorded = _recorded(folder / results.METRICS)
+    stretches = _chosen(found, inspection.depth.share(train.params["steps"]), recorded)
+    if not stretches:
+        inspection.leave_out("training steps made again: there are no metrics or no checkpoints to compare with")
+        return
     try:
-        recorded = _recorded(folder / results.METRICS)
-        if recorded is None or (why := _hindrance(job := _as_made(inspection.job, chain), chain)):
-            inspection.leave_out(f"training steps made again: {why if recorded else 'its metrics are damaged'}")
+        job = _as_made(inspection.job, chain)
+        if why := _hindrance(job, chain):
+            inspection.leave_out(f"training steps made again: {why}")
             return
-        stretches = _chosen(found, inspection.depth.share(train.params["steps"]), recorded)
         _take_again(_prepared(inspection, train, job, recorded), found, stretches)
     except Stopped as error:
         fix = "run the same command again"
@@ -109,13 +113,13 @@ def check_steps(inspection: Inspection, chain: Chain) -> None:
         inspection.leave_out(f"training steps made again: {error.faults[0].what}")
 
 
-def _recorded(path: Path) -> Lines | None:
-    """Return the lines of metrics by step; None where they cannot be read."""
+def _recorded(path: Path) -> Lines:
+    """Return the lines of metrics by step; none where they cannot be read."""
     try:
         lines = [msgspec.json.decode(line, type=dict[str, float | None]) for line in path.read_bytes().splitlines()]
         return {int(line["step"] or 0): line for line in lines}
     except (OSError, KeyError, OverflowError, ValueError, msgspec.MsgspecError):
-        return None
+        return {}
 
 
 def _as_made(job: Job, chain: Chain) -> Job:

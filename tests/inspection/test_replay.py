@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,7 @@ def earlier_lora(project: Project) -> None:
     mutants.recheckpointed(
         checkpoint(project, 2), lambda tensors: mutants.scaled(tensors, "lora_B", 1.5), "lora.safetensors"
     )
-    mutants.shutil.copyfile(checkpoint(project, 2) / "lora.safetensors", project.results / "checkpoint_2.safetensors")
+    shutil.copyfile(checkpoint(project, 2) / "lora.safetensors", project.results / "checkpoint_2.safetensors")
     (project.results / "preview.json").unlink()
 
 
@@ -217,6 +218,13 @@ def test_input_that_is_not_there_any_more_is_said(project: Project, sets: tuple[
     ran = project.run("verify", "--recompute", "100%", sets=sets)
     assert (ran.code, steps(project)) == (0, {})
     assert f"training steps made again: {said}" in left_out(project)
+
+
+def test_training_without_checkpoints_is_not_taken_again(project: Project) -> None:
+    shutil.rmtree(project.store / "checkpoints")
+    (project.results / "preview.json").unlink()
+    project.run("verify", "--recompute", "100%")
+    assert "there are no metrics or no checkpoints to compare with" in left_out(project)
 
 
 def test_training_on_other_records_is_not_taken_again(project: Project) -> None:
