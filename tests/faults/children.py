@@ -65,13 +65,14 @@ class Bench:
     """One project, put back to any point of its chain, and the process that runs commands in it.
 
     `root` never moves: locks are named by where the run is. `after[stage]` is the project as that stage left it when
-    nothing failed, and `ran[stage]` what it said.
+    nothing failed, and `ran[stage]` what it said. `lent`: the model in the project is the spare one.
     """
 
     zygote: subprocess.Popen[bytes]
     folder: Path
     after: dict[str, Path] = field(default_factory=dict[str, Path])
     ran: dict[str, Answer] = field(default_factory=dict[str, Answer])
+    lent: bool = False
 
     @property
     def root(self) -> Path:
@@ -92,17 +93,22 @@ class Bench:
         return self.after[STAGES[place - 1]] if place else self.after["nothing"]
 
     def put(self, snapshot: Path) -> None:
-        """Put the project back to a snapshot. A whole model stays: its digests are remembered by inode and time."""
-        models, aside = self.root / MODELS, self.folder / "models aside"
-        kept = models.is_dir() and (snapshot / MODELS).is_dir() and contents(models) == contents(snapshot / MODELS)
-        if kept:
-            models.rename(aside)
+        """Put the project back to a snapshot, its model the same files each time.
+
+        Digests are remembered by inode and time: else a try would remember what another did not, in other calls.
+        """
+        models, spare = self.root / MODELS, self.folder / "spare models"
+        if self.lent and models.is_dir():
+            models.rename(spare)
+        self.lent = (snapshot / MODELS).is_dir()
+        if self.lent and not (spare.is_dir() and contents(spare) == contents(snapshot / MODELS)):
+            shutil.rmtree(spare, ignore_errors=True)
+            shutil.copytree(snapshot / MODELS, spare)
+            time.sleep(YOUNG_SECONDS)
         shutil.rmtree(self.root, ignore_errors=True)
-        shutil.copytree(
-            snapshot, self.root, ignore=lambda folder, _: [MODELS.name] if kept and folder.endswith("store") else []
-        )
-        if kept:
-            aside.rename(models)
+        shutil.copytree(snapshot, self.root, ignore=shutil.ignore_patterns(MODELS.name))
+        if self.lent:
+            spare.rename(models)
 
     def keep(self, name: str) -> None:
         """Remember the project as it is."""
@@ -166,12 +172,6 @@ def _run_chain(bench: Bench) -> None:
         bench.ran[stage] = bench.stage(stage)
         assert bench.ran[stage].code == 0, bench.ran[stage].err
         bench.keep(stage)
-        while time.time() - newest_time(bench.root / MODELS) < YOUNG_SECONDS:
-            time.sleep(0.1)
-
-
-def newest_time(folder: Path) -> float:
-    return max((path.stat().st_ctime for path in folder.rglob("*")), default=0.0)
 
 
 def result(answer: Answer) -> dict[str, Any]:

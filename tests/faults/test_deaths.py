@@ -50,6 +50,7 @@ class Sweep:
 def deaths(bench: Bench, stage: str, mode: str, count: Count) -> Sweep:
     """Kill `stage` at its calls, one by one; judge what is left, run on to the end of the chain, and compare."""
     found = distinct(calls(bench.ran[stage].log, "w"))
+    assert_steady(bench, stage)
     numbers = [call.number for call in found if mode == "kill" or call.operation == "write"]
     if mode == "kill":
         numbers += [numbers[-1] + extra for extra in range(1, BEYOND + 1)]
@@ -64,6 +65,13 @@ def deaths(bench: Bench, stage: str, mode: str, count: Count) -> Sweep:
         sweep.unhealed += [f"{number}: {each}" for each in unhealed(bench, stage)]
     assert sweep.killed >= sweep.tried - 2 * BEYOND, "the calls were not where the log has them"
     return sweep
+
+
+def assert_steady(bench: Bench, stage: str) -> None:
+    """The command makes the calls again that it made when they were counted: else not every one would be tried."""
+    bench.put(bench.before(stage))
+    counts = [len(calls(ran.log, "w")) for ran in (bench.ran[stage], bench.stage(stage))]
+    assert abs(counts[0] - counts[1]) <= BEYOND, counts
 
 
 def unhealed(bench: Bench, stage: str) -> list[str]:

@@ -16,6 +16,7 @@ from tests.faults.children import Bench, result
 from tests.faults.conftest import Count, Measured
 from tests.faults.judge import STAGES, differences, half_published
 from tests.faults.points import calls, chosen, distinct
+from tests.faults.test_deaths import assert_steady
 from tests.faults.zygote import Answer, Fault
 
 ERROR = re.compile(r"^error\[[a-z_.]+\] .*fix: ", re.MULTILINE)
@@ -63,6 +64,7 @@ def test_failing_write_is_an_error_or_harmless(
 ) -> None:
     in_turn(stage, name, list(WRITE_FAULTS), count)
     number, operations, sticky = WRITE_FAULTS[name]
+    assert_steady(bench, stage)
     found = {call.number: call for call in distinct(calls(bench.ran[stage].log, "w")) if call.operation in operations}
     bad: list[str] = []
     tried, ended = chosen(list(found), count, 1), {0: 0, RESOURCES: 0}
