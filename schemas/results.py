@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 METRICS = "metrics.jsonl"
 CURVES = "training_curves.png"
 PREVIEWS = "previews.png"
@@ -29,8 +31,8 @@ def ema(run: str) -> str:
     return f"{run}_ema.safetensors"
 
 
-def checkpoint(step: int) -> str:
-    """Return the name of the LoRA as it was after `step` steps."""
+def checkpoint(step: int | Literal["*"]) -> str:
+    """Return the name of the LoRA as it was after `step` steps, or the pattern of all such names."""
     return f"checkpoint_{step}.safetensors"
 
 

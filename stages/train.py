@@ -153,6 +153,9 @@ def _announce(job: Job, plan: Plan, start: Checkpoint | None) -> None:
 
     Raises Stale with `--resume-only` when there is nothing to resume.
     """
+    from stages.training.checkpoints import trajectory_of
+    from stages.training.copies import copies_of_others
+
     changes = _changes(job.run_folder / results.TRAJECTORY, plan)
     if start is None and job.flags.resume_only:
         raise Stale(
@@ -168,6 +171,9 @@ def _announce(job: Job, plan: Plan, start: Checkpoint | None) -> None:
             job.say(f"  {line}")
     if start is not None:
         job.say(f"resuming from step {start.step}")
+    if others := copies_of_others(job, {trajectory_of(plan.params, plan.inputs)}):
+        names = ", ".join(path.name for path in others)
+        job.say(f"the run folder holds LoRAs of an older training, which stay unless this one replaces them: {names}")
 
 
 def _note(job: Job, params: Mapping[str, Any], inputs: Mapping[str, str]) -> None:

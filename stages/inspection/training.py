@@ -30,6 +30,7 @@ from stages.training.checkpoints import (
     trajectory_folder,
     trajectory_of,
 )
+from stages.training.copies import copies_of_others
 from stages.training.schedules import learning_rate
 
 # As training itself allows: a third step in a row that is not finite ends it.
@@ -54,6 +55,7 @@ def check_training(inspection: Inspection, chain: Chain) -> None:
         return
     train, folder = chain["train"]
     _loras(inspection, train)
+    _others(inspection, {begun, finished})
     if begun in ("", finished):
         for name, entry in train.files.items():
             if name not in COPIES:
@@ -91,6 +93,14 @@ def _unfinished(inspection: Inspection, begun: str, finished: str) -> None:
     if any(any(trajectory_folder(store, begun).glob("[0-9]*")) for store in job.stores):
         with inspection.noting():
             newest(job.stores, begun, 1 << 62, lambda _: None)
+
+
+def _others(inspection: Inspection, own: set[str]) -> None:
+    """Tell of copies that an older training left in the run folder: they look like this one's."""
+    if others := copies_of_others(inspection.job, own):
+        names = ", ".join(path.name for path in others)
+        what = f"the run folder holds LoRAs of an older training: {names}"
+        inspection.hint("train.copies_of_others", what, "delete them, or move them out of the run folder")
 
 
 def _loras(inspection: Inspection, train: Manifest) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from schemas.errors import Damaged
+from schemas import results
+from schemas.errors import Damaged, NoResources
 from schemas.manifest import FileRecord
 from stages.contract.artifacts import restore_file
 from stages.contract.job import Job
@@ -37,3 +38,20 @@ def restore_proved(job: Job, source: Path, recorded: FileRecord, target: Path, s
             fix=f"{job.remedy(stage)} --force",
         )
     restore_file(source, target, job.digests)
+
+
+def copies_of_others(job: Job, trajectories: Collection[str]) -> list[Path]:
+    """Return the copies of checkpoints and averages in the run folder that say they are of no such trajectory.
+
+    A file that says nothing, or cannot be read, is nobody's.
+    """
+    from stages.stores.tensors import read_header
+
+    shown = [*job.run_folder.glob(results.checkpoint("*")), job.run_folder / results.ema(job.run)]
+    found: list[Path] = []
+    for path in sorted(shown, key=lambda each: (len(each.name), each.name)):
+        with suppress(Damaged, NoResources):
+            said = read_header(path).metadata.get("trajectory") if path.is_file() else None
+            if said is not None and said not in trajectories:
+                found.append(path)
+    return found

@@ -196,6 +196,20 @@ def test_training_begun_anew_and_not_finished_is_lineage_not_damage(project: Pro
     assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (5, ["train.unfinished"])
 
 
+def test_loras_of_an_older_training_are_a_hint_and_said_before_another_begins(project: Project) -> None:
+    sets = ("train.rank=2", "train.steps=1")
+    assert "of an older training" not in project.run("train", sets=("train.steps=5",)).stderr
+    ran = project.make("train", "preview", sets=sets)["train"]
+    assert ran.stderr.count("of an older training") == 1
+    assert "checkpoint_2.safetensors, checkpoint_4.safetensors, checkpoint_5.safetensors\n" in ran.stderr
+    ran = project.run("verify", sets=sets)
+    assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (0, ["train.copies_of_others"])
+    assert "checkpoint_2.safetensors, checkpoint_4.safetensors, " in ran.result["findings"][0]["what"]
+    for step in (2, 4, 5):
+        (project.results / f"checkpoint_{step}.safetensors").unlink()
+    assert codes(project) == []
+
+
 def test_changed_model_is_lineage(own_model: Project) -> None:
     own_model.make("train", "preview", sets=("train.steps=1",))
     assert own_model.run("verify").code == 0
