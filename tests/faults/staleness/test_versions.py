@@ -11,7 +11,7 @@ import pytest
 from stages.inspection.lineage import MAKERS
 from tests.faults.conftest import Measured
 from tests.faults.mutants import manifest_of, resealed, resealed_checkpoint
-from tests.faults.test_staleness import FRAGMENTS, PICTURES, STAGES, TEXTS, UP_TO_DATE, new_trained_project
+from tests.faults.staleness.changes import FRAGMENTS, PICTURES, STAGES, TEXTS, UP_TO_DATE, new_trained_project
 from tests.stages.project import Project, command, contents, listing
 
 # Who reads the version.
@@ -35,18 +35,6 @@ def heedless() -> Generator[None]:
         for module in ("runner", "publish"):
             patch.setattr(f"stages.contract.{module}.require_format", lambda _: None)
         yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project that is trained; only to be copied."""
-    return new_trained_project(tmp_path_factory.mktemp("staleness") / "project")
-
-
-@pytest.fixture
-def project(finished: Project, tmp_path: Path) -> Project:
-    """A copy of its own for each test."""
-    return finished.copy(tmp_path / "project")
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,12 @@ import pytest
 from stages.console.progress import Progress
 from tests.faults.conftest import Count, Measured
 from tests.faults.judge import published
-from tests.faults.test_staleness import (
+from tests.faults.staleness.changes import (
     FRAGMENTS,
     PICTURES,
     STAGES,
     TEXTS,
     UP_TO_DATE,
-    new_trained_project,
     recaptioned,
     removed,
     renamed,
@@ -33,18 +32,6 @@ from tests.stages.project import Listing, Project, Ran, contents, draw, listing
 
 SECONDS_2100 = 4_102_444_800
 ROUNDS = 3
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project that is trained; only to be copied."""
-    return new_trained_project(tmp_path_factory.mktemp("staleness") / "project")
-
-
-@pytest.fixture
-def project(finished: Project, tmp_path: Path) -> Project:
-    """A copy of its own for each test."""
-    return finished.copy(tmp_path / "project")
 
 
 def encoded(project: Project, *stages: str, sets: tuple[str, ...] = ()) -> tuple[int, int]:
