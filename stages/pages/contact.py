@@ -8,6 +8,7 @@ from typing import Any
 
 from schemas.errors import RejectedInput
 from schemas.tables import CAPTIONS, DATASET
+from stages.contract.config import located
 from stages.contract.digests import sha256_bytes
 from stages.dataset.decoder import decoders
 from stages.dataset.draws import read_draws
@@ -100,7 +101,7 @@ def _thumbnail(record: Record, path: str, row: Row) -> tuple[str, str]:
     size = (max(1, round(bucket[0] * share)), max(1, round(bucket[1] * share)))
     x0, y0, x1, y1 = row["crop"]
     try:
-        data = read_picture(record.base / record.config.validate.dataset / path, path)
+        data = read_picture(located(record.config.validate.dataset, record.base) / path, path)
         # What lies there now may be another picture of that name.
         if sha256_bytes(data) != row["image_sha256"]:
             return "", "the picture was changed since"

@@ -156,6 +156,12 @@ def test_without_the_pipeline_captions_are_shown_and_the_page_says_how_to_see_pi
     assert report(project, config=False).counts["pictures"] == 4
 
 
+def test_pictures_in_the_home_folder_are_shown(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(project.config, '"pictures"', '"~/pictures"')
+    monkeypatch.setenv("HOME", str(project.root))
+    assert report(project).counts["pictures"] == 4
+
+
 def test_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     project = new_project(tmp_path)
     project.make("validate")
