@@ -26,6 +26,9 @@ RACY_NS = 2_000_000_000
 # Rows asked for together; SQLite takes at least 999 parameters.
 ROWS_TOGETHER = 500
 
+# What SQLite answers where the file is damaged, or has tables of another layout; not where it is locked or the disk full.
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+
 Row = tuple[str, str, str, str]
 COLUMNS = "what TEXT PRIMARY KEY, stat TEXT, value TEXT, seal TEXT"
 
@@ -168,16 +171,21 @@ class StatCache:
         )
 
     def _ask(self, question: Callable[[sqlite3.Connection], Iterable[Row]]) -> list[Row]:
-        """Return the rows `question` finds; none where the database is damaged, which is then started anew."""
+        """Return the rows `question` finds; none where the database does not answer.
+
+        A damaged one is started anew. One that is locked, or that the disk has no room for, stays as it is.
+        """
         if self._look_only:
             return self._ask_only(question)
         try:
             with closing(sqlite3.connect(self._path, timeout=30)) as database, database:
                 database.execute(f"CREATE TABLE IF NOT EXISTS remembered ({COLUMNS})")
                 return list(question(database))
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            # Text that is no UTF-8 is damage which Python finds, without a code. Above the low byte is detail.
+            damaged = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in DAMAGED
             with suppress(OSError):
-                for path in (self._path, Path(f"{self._path}-journal")):
+                for path in (self._path, Path(f"{self._path}-journal")) if damaged else ():
                     path.unlink(missing_ok=True)
             return []
 

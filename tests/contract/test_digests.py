@@ -7,6 +7,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -255,8 +256,13 @@ def _of_another_layout(path: Path) -> None:
         database.execute("CREATE TABLE remembered (what TEXT PRIMARY KEY, stat TEXT, value TEXT)")
 
 
+def _no_text(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE remembered SET value = CAST(x'ff' AS TEXT)")
+
+
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("damage", [_garbage, _cut, _scrambled, _of_another_layout, Path.unlink])
+@pytest.mark.parametrize("damage", [_garbage, _cut, _scrambled, _of_another_layout, _no_text, Path.unlink])
 def test_damaged_database_is_started_anew(tmp_path: Path, read: list[str], damage: Callable[[Path], object]) -> None:
     path, database = picture(tmp_path), tmp_path / "digests.sqlite"
     StatCache(database).files([path])
@@ -266,6 +272,30 @@ def test_damaged_database_is_started_anew(tmp_path: Path, read: list[str], damag
     assert StatCache(database).files([path]) == [ABC]
     assert len(read) <= 3
     assert len(read) > 1
+
+
+@pytest.mark.usefixtures("settled")
+def test_locked_or_full_database_is_gone_without_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[str]
+) -> None:
+    path, file = picture(tmp_path), tmp_path / "digests.sqlite"
+    StatCache(file).files([path])
+    connect, few_pages = sqlite3.connect, "PRAGMA max_page_count = 1"
+
+    def impatient(*arguments: object, **_: object) -> sqlite3.Connection:
+        database: sqlite3.Connection = connect(*arguments, timeout=0)  # type: ignore[arg-type]
+        with suppress(sqlite3.OperationalError):
+            database.execute(few_pages)
+        return database
+
+    monkeypatch.setattr(digests.sqlite3, "connect", impatient)
+    with closing(connect(file)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert StatCache(file).files([path]) == [ABC]
+    StatCache(file).remember({"too long for the few pages": "x" * 100_000})
+    assert StatCache(file).recall(["too long for the few pages"]) == {}
+    assert StatCache(file).files([path]) == [ABC]
+    assert read == ["a.png", "a.png"]
 
 
 @pytest.mark.usefixtures("settled")
