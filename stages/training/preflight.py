@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -37,8 +40,30 @@ def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -
             f"train.batch_size times train.gradient_accumulation is {taken}, more than the {items} items there are: "
             "a step takes fewer, or repeats some"
         )
+    for line in beyond_the_end(settings):
+        job.warn(line)
     require_disk(job, needs(settings, sizes(model.variant, settings, backend.compute_dtype), steps_done))
     require_memory(job, data, backend)
+
+
+def beyond_the_end(settings: Train) -> list[str]:
+    """Return what settings ask for at steps that are never taken: no error, for a training may be extended later."""
+    steps, validation = settings.steps, settings.validation
+    lines: list[str] = []
+    if (warmup := settings.schedule.warmup_steps) > steps:
+        share = 100 * steps / warmup
+        lines.append(
+            f"train.schedule.warmup_steps is {warmup}: the rate ends at {share:.0f} % of train.learning_rate"
+        )
+    for phase, after in itertools.pairwise(settings.resolutions):
+        if phase.until is not None and phase.until >= steps:
+            sizes = ", ".join(map(str, after.sizes))
+            lines.append(
+                f"train.resolutions has an until of {phase.until}: what follows it ({sizes}) is never trained"
+            )
+    if validation is not None and validation.every > steps:
+        lines.append(f"train.validation.every is {validation.every}: the loss is measured once, before training")
+    return [f"{line}, as train.steps is {steps}" for line in lines]
 
 
 def require_memory(job: Job, data: TrainingData, backend: Backend) -> None:
@@ -95,6 +120,8 @@ def require_disk(job: Job, need_bytes: tuple[int, int]) -> None:
     for place in places:
         with no_resources(place):
             make_folder(place)
+            if not os.access(place, os.W_OK):
+                raise PermissionError(errno.EACCES, "cannot write", str(place))
     shared = _disk(job.store) == _disk(job.run_folder)
     wanted = [(job.store, sum(need_bytes))] if shared else list(zip(places, need_bytes, strict=True))
     for place, need in wanted:

@@ -98,6 +98,12 @@ def test_signal_leaves_a_checkpoint_that_resumes_without_a_trace(
     assert trace(project) == trace(unbroken)
 
 
+def test_warm_up_longer_than_the_training_is_said_and_trained(project: Project) -> None:
+    ran = project.run("train", sets=("train.steps=1", "train.schedule.warmup_steps=4"))
+    assert (ran.code, ran.stderr.count("warning")) == (0, 1)
+    assert "warmup_steps is 4: the rate ends at 25 %" in ran.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
 def test_stopped_or_killed_process_resumes_without_a_trace(
     project: Project, unbroken: Project, number: signal.Signals, code: int

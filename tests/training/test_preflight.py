@@ -10,13 +10,16 @@ import pytest
 
 from schemas.ema import Ema
 from schemas.errors import NoResources
+from schemas.resolutions import Phase
 from schemas.rotation import Rotation
 from schemas.run import Config
+from schemas.schedules import Constant, Cosine
 from schemas.train import Train
 from schemas.validate import Validate
+from schemas.validation import Validation
 from stages.contract.job import Job
 from stages.training.memory import Sizes
-from stages.training.preflight import needs, require_disk
+from stages.training.preflight import beyond_the_end, needs, require_disk
 
 SIZES = Sizes(state=3000, factors=1000, file=500)
 TRAIN = Train(steps=1000, checkpoint_every=100)
@@ -79,3 +82,26 @@ def test_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NoResources) as refused:
         require_disk(job(tmp_path), (0, 0))
     assert refused.value.faults[0].code == "disk.in_the_way"
+
+
+PHASES = (Phase(sizes=(256,), until=500), Phase(sizes=(512,), until=1000), Phase(sizes=(768,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"schedule": Cosine(warmup_steps=1000)}, []),
+        ({"schedule": Constant(warmup_steps=4000)}, ["ends at 25 % of train.learning_rate"]),
+        ({"resolutions": (*PHASES[:1], *PHASES[2:])}, []),
+        ({"resolutions": PHASES}, ["an until of 1000: what follows it (768) is never trained"]),
+        ({"validation": Validation(every=1000)}, []),
+        ({"validation": Validation(every=1001)}, ["the loss is measured once, before training"]),
+    ],
+)
+def test_what_is_asked_for_after_the_last_step_is_said(changes: dict[str, object], said: list[str]) -> None:
+    lines = beyond_the_end(msgspec.structs.replace(TRAIN, **changes))
+    assert len(lines) == len(said)
+    assert all(
+        words in line and line.endswith("as train.steps is 1000") for line, words in zip(lines, said, strict=True)
+    )
