@@ -26,7 +26,7 @@ RACY_NS = 2_000_000_000
 # Rows asked for together; SQLite takes at least 999 parameters.
 ROWS_TOGETHER = 500
 
-# What SQLite answers where the file is damaged, or has tables of another layout; not where it is locked or the disk full.
+# What SQLite answers where the file is damaged or of another layout; not where it is locked, or the disk full.
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
 Row = tuple[str, str, str, str]
