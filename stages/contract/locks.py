@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Generator
@@ -68,12 +69,18 @@ def _say_who(file: FileIO, who: str) -> None:
 def share(path: Path, waiting: Callable[[str], None]) -> Generator[None]:
     """Hold the lock at `path` together with all who share it; while they do, nobody can `hold` it.
 
-    Where its file cannot be made nobody can take anything away either, so there is nothing to wait for.
+    Where we may not write nobody takes anything away in our name, so there is nothing to wait for. Raises NoResources
+    where the file cannot be made for any other reason: reading would go on unprotected.
     """
-    try:
-        make_folder(path.parent)
-        file = FileIO(path, "r", opener=_made)
-    except OSError:
+    with no_resources(path):
+        try:
+            make_folder(path.parent)
+            file = FileIO(path, "r", opener=_made)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            file = None
+    if file is None:
         yield
         return
     with file:

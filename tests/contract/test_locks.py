@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -138,10 +139,9 @@ def test_link_in_place_of_a_lock_is_not_followed(path: Path, tmp_path: Path, *, 
         victim.write_text("mine")
     path.parent.mkdir()
     path.symlink_to(victim)
-    with pytest.raises(NoResources, match=r"disk\.in_the_way.*fix: "), hold(path, wait=False, waiting=silent):
-        pass
-    with share(path, silent):
-        pass
+    for locked in (hold(path, wait=False, waiting=silent), share(path, silent)):
+        with pytest.raises(NoResources, match=r"disk\.in_the_way.*fix: "), locked:
+            pass
     assert victim.exists() == there
     assert not there or victim.read_text() == "mine"
 
@@ -157,8 +157,20 @@ def test_link_in_place_of_the_folder_of_locks_is_not_followed(path: Path, tmp_pa
 def test_pipe_in_place_of_a_lock_keeps_nobody_waiting_for_its_other_end(path: Path) -> None:
     path.parent.mkdir()
     os.mkfifo(path)
-    in_the_way = pytest.raises(NoResources, match=r"disk\.in_the_way.*not a regular file")
-    with share(path, silent), in_the_way, hold(path, wait=False, waiting=silent):
+    for locked in (hold(path, wait=False, waiting=silent), share(path, silent)):
+        with pytest.raises(NoResources, match=r"disk\.in_the_way.*not a regular file"), locked:
+            pass
+
+
+@pytest.mark.parametrize(("number", "shared"), [(errno.EACCES, True), (errno.EROFS, True), (errno.ENOSPC, False)])
+def test_lock_that_cannot_be_made_is_done_without_only_where_nobody_may_write(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, shared: bool
+) -> None:
+    def failing(_path: str, _flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks, "_made", failing)
+    with contextlib.nullcontext() if shared else pytest.raises(NoResources, match=r"disk\.full"), share(path, silent):
         pass
 
 
