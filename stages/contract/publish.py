@@ -290,9 +290,11 @@ def refuse_link(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and those above it, durably."""
-    if folder.exists():
+    """Make `folder` and those above it, durably. Raises OSError, also where something else is in the way."""
+    if folder.is_dir():
         return
+    if os.path.lexists(folder):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync(folder.parent)
