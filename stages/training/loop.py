@@ -157,7 +157,6 @@ class Loop:
         """Do what is asked between two steps; while paused, wait for more."""
         self._obey(step)
         if self._paused and self.control is not None:
-            self._settle()
             mx.clear_cache()
             with self.control.paused("paused"):
                 while self._paused and self._interruption.signal_number is None:
@@ -174,6 +173,8 @@ class Loop:
         match request.action:
             case "pause" | "resume":
                 self._paused = request.action == "pause"
+                # Whoever is answered finds the last step's line.
+                self._settle()
                 said = f"{'paused' if self._paused else 'going on'} after step {step}"
             case "checkpoint":
                 said = self._try_to_save(step, public=False)

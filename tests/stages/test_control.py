@@ -85,6 +85,7 @@ def test_training_in_another_process_pauses_goes_on_and_stops(untrained: Project
         assert paused.returncode == 0, paused.stderr
         step = msgspec.json.decode(paused.stdout)["counts"]["steps"]
         assert f"paused after step {step}" in paused.stderr
+        assert len(metrics.read_bytes().splitlines()) == step
         # A step takes a few hundredths of a second.
         deadline = time.monotonic() + 0.7
         while time.monotonic() < deadline:
