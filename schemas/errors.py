@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+import msgspec
+
 from schemas.base import Strict
+
+# What a fix says for the settings and places of the command line, where only the command knows them.
+GIVEN = "--config ..."
 
 
 class Fault(Strict, frozen=True):
@@ -20,6 +25,10 @@ class Fault(Strict, frozen=True):
     where: str = ""
     why: str = ""
     fix: str = ""
+
+    def given(self, words: str) -> Fault:
+        """Return the fault whose fix says `words`, the settings and places of the command line, again."""
+        return msgspec.structs.replace(self, fix=self.fix.replace(GIVEN, words))
 
     def line(self) -> str:
         """Return the line people see, with control characters from outside escaped."""

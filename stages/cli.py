@@ -20,11 +20,11 @@ from typing import Any
 import click
 import msgspec
 
-from schemas.errors import BadConfig, StageError, Stale, Stopped
+from schemas.errors import GIVEN, BadConfig, StageError, Stale, Stopped
 from schemas.manifest import Result, ResultError
 from schemas.version import VERSION
 from stages.console import messages
-from stages.console.invocation import job_of, option, place_options
+from stages.console.invocation import job_of, option, place_options, repeated
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.publish import no_resources
@@ -217,10 +217,11 @@ def _summary(result: Result) -> str:
 
 def fail(arguments: Sequence[str], error: StageError, started: float) -> int:
     """Print every fault of `error` as a line and, for programs, as the one object; return the exit code."""
-    messages.faults(error.faults)
     name = next((each for each in arguments if not each.startswith("-")), "")
+    faults = [fault.given(_repeated(name, arguments)) if GIVEN in fault.fix else fault for fault in error.faults]
+    messages.faults(faults)
     if "--json" in arguments:
-        first = error.faults[0]
+        first = faults[0]
         where = f"{first.where}: {first.why}" if first.where and first.why else first.where or first.why
         result = Result(
             stage=name,
@@ -231,10 +232,18 @@ def fail(arguments: Sequence[str], error: StageError, started: float) -> int:
             counts={},
             seconds=round(time.monotonic() - started, 3),
             error=ResultError(code=first.code, what=first.what, where=where, fix=first.fix),
-            findings=list(error.faults) if name in ("validate", "verify") else msgspec.UNSET,
+            findings=faults if name in ("validate", "verify") else msgspec.UNSET,
         )
         messages.result(msgspec.json.encode(result))
     return 128 + error.signal_number if isinstance(error, Stopped) else error.exit_code
+
+
+def _repeated(name: str, arguments: Sequence[str]) -> str:
+    """Return the settings and places of a command line whose command has failed."""
+    group = click.Context(COMMAND)
+    command = COMMAND.get_command(group, name)
+    rest = list(arguments[list(arguments).index(name) + 1 :])
+    return GIVEN if command is None else repeated(command.make_context(name, rest, resilient_parsing=True).params)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from schemas.errors import BadConfig
+from schemas.errors import GIVEN, BadConfig
 from stages.console import messages
 from stages.contract.config import load_config
 from stages.contract.job import Flags, Job
@@ -93,16 +94,21 @@ def job_of(options: dict[str, Any]) -> Job:
     )
 
 
-def _given(options: dict[str, Any]) -> tuple[str, ...]:
-    """Return the options of `place_options` beside --config as they were given."""
-    several = (("--set", options["assignments"]), ("--also", options["also"]))
-    one = (
-        ("--store", options["store"], STORE),
-        ("--trust", options["trust"], None),
-        ("--runs", options["runs"], RUNS),
-    )
-    words = [(name, str(value)) for name, values in several for value in values]
-    words += [(name, str(value)) for name, value, default in one if value != default]
+def repeated(options: Mapping[str, Any]) -> str:
+    """Return what a command was told of settings and places, for a shell; GIVEN where it has no --config."""
+    if options.get("config") is None:
+        return GIVEN
+    return shlex.join(["--config", str(options["config"]), *_given(options)])
+
+
+def _given(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options of `place_options` beside --config as they were given; not every command has all."""
+    several = (("--set", "assignments"), ("--also", "also"))
+    one = (("--store", "store", STORE), ("--trust", "trust", None), ("--runs", "runs", RUNS))
+    words = [(spelling, str(value)) for spelling, name in several for value in options.get(name, ())]
+    words += [
+        (spelling, str(options[name])) for spelling, name, default in one if options.get(name, default) != default
+    ]
     return tuple(part for word in words for part in word)
 
 

@@ -114,6 +114,11 @@ class Job:
             path = self.store / "lookup" / "digests.sqlite"
             return StatCache(path, paranoid=self.flags.paranoid, look_only=self.look_only)
 
+    @property
+    def command_line(self) -> str:
+        """What the command line said of settings and places, for a shell."""
+        return shlex.join(["--config", str(self.config_path), *self.given])
+
     def remedy(self, stage: str) -> str:
         """Return the command that runs `stage` with the same settings in the same places."""
-        return shlex.join(["flux2-lora", stage, "--config", str(self.config_path), *self.given])
+        return f"flux2-lora {stage} {self.command_line}"

@@ -40,7 +40,7 @@ class Inspection:
 
     def failed(self, error: StageError) -> None:
         """Note what looking at something raised."""
-        self.errors += [(type(error), fault) for fault in error.faults]
+        self.errors += [(type(error), fault.given(self.job.command_line)) for fault in error.faults]
 
     @contextmanager
     def noting(self) -> Generator[None]:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from schemas.errors import Damaged
+from schemas.errors import GIVEN, Damaged
 from stages.contract.artifacts import holder
 from stages.contract.digests import StatCache, digest_of
 from stages.stores.blame import Blame
@@ -78,7 +78,7 @@ class Kind:
     def blame(self, fragment: str, record: str = "") -> Blame:
         """Return what errors about a fragment, or one of its records, name."""
         where = f"{fragment}, record {record}" if record else fragment
-        return Blame(self.name, where, f"flux2-lora {self.stage} --config ... --force")
+        return Blame(self.name, where, f"flux2-lora {self.stage} {GIVEN} --force")
 
 
 def locate(stores: Sequence[Path], kind: Kind, fragment: str, blame: Blame) -> Path:

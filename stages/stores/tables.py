@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import RejectedInput, StageError
+from schemas.errors import GIVEN, RejectedInput, StageError
 from schemas.tables import Column, Table
 from stages.contract.publish import no_resources
 from stages.stores.blame import Blame
@@ -74,7 +74,7 @@ def read_table(path: Path, table: Table) -> list[Row]:
     """
     from pyarrow import parquet
 
-    blame = Blame("table", str(path), f"flux2-lora {table.stage} --config ... --force")
+    blame = Blame("table", str(path), f"flux2-lora {table.stage} {GIVEN} --force")
     sealed = open_sealed(path, blame)
     for group in range(len(sealed.groups)):
         sealed.check_group(group, blame)

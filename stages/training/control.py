@@ -127,5 +127,5 @@ def _read(path: Path) -> Answer | None:
 
 
 def _nobody(what: str, run_folder: Path) -> BadConfig:
-    fix = "flux2-lora train --config ... (it goes on from the last checkpoint)"
+    fix = "give the command that began the training again: it goes on from the last checkpoint"
     return BadConfig("control.nobody", what, where=str(run_folder), fix=fix)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from schemas.errors import Damaged
+from schemas.errors import GIVEN, Damaged
 from schemas.train import Train
 from stages.dataset.buckets import PATCH_PX
 from stages.dataset.draws import Draw
@@ -165,7 +165,7 @@ class TrainingData:
                 "latents.not_finite",
                 "a stored latent is not finite",
                 where=f"item {item_id}",
-                fix="flux2-lora encode-latents --config ... --force",
+                fix=f"flux2-lora encode-latents {GIVEN} --force",
             )
         return latent
 

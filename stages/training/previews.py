@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from schemas import results
-from schemas.errors import Damaged
+from schemas.errors import GIVEN, Damaged
 from schemas.tables import EMBEDDING_INDEX
 from stages.console.charts import contact_sheet, grid, save_png
 from stages.contract.artifacts import holder, restore_file
@@ -179,7 +179,7 @@ def load_lora(path: Path, transformer: Transformer, digest: str) -> Factors:
             "the LoRA's tensors changed since it was saved",
             where=str(path),
             why=f"expected tensor digest {digest}",
-            fix="flux2-lora train --config ... --force",
+            fix=f"flux2-lora train {GIVEN} --force",
         )
     tensors = {name: to_mlx(tensor) for name, tensor in file.tensors.items()}
     return read(tensors, file.metadata, transformer.config, str(path))
@@ -230,7 +230,7 @@ def _require(whole: bool, path: Path) -> None:  # noqa: FBT001
             "preview.unreadable",
             "a picture that was drawn is gone or damaged",
             where=path.name,
-            fix="flux2-lora preview --config ... (it draws that one again)",
+            fix=f"flux2-lora preview {GIVEN} (it draws that one again)",
         )
 
 

@@ -98,6 +98,16 @@ def test_signal_leaves_a_checkpoint_that_resumes_without_a_trace(
     assert trace(project) == trace(unbroken)
 
 
+def test_remedy_for_damage_in_the_store_repeats_the_command_line(project: Project) -> None:
+    for fragment in (project.store / "fragments" / "latents").glob("*/c.0.0.0.0"):
+        truncate(fragment)
+    ran = project.run("train", sets=("train.steps=1",))
+    places = f"--config {project.config} --set train.steps=1 --store {project.store} --runs {project.root / 'runs'}"
+    fix = f"flux2-lora encode-latents {places} --force"
+    assert (ran.code, ran.result["error"]["fix"]) == (4, fix)
+    assert ran.stderr.endswith(f"fix: {fix}\n")
+
+
 def test_warm_up_longer_than_the_training_is_said_and_trained(project: Project) -> None:
     ran = project.run("train", sets=("train.steps=1", "train.schedule.warmup_steps=4"))
     assert (ran.code, ran.stderr.count("warning")) == (0, 1)
