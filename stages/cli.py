@@ -24,7 +24,7 @@ from schemas.errors import GIVEN, BadConfig, StageError, Stale, Stopped
 from schemas.manifest import Result, ResultError
 from schemas.version import VERSION
 from stages.console import messages
-from stages.console.invocation import job_of, option, place_options, repeated
+from stages.console.invocation import SHARED, job_of, option, place_options, repeated
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.publish import no_resources
@@ -69,6 +69,7 @@ TABLES = {
     "verify": "reads everything the run stands on; writes verify.json",
 }
 FLAGS = {
+    "force": SHARED["force"][1]["help"],
     "explain": "Say what changed since last time, then run.",
     "wait": "Wait for another process instead of failing.",
     "paranoid": "Read every file again; trust no remembered digest.",
@@ -76,6 +77,10 @@ FLAGS = {
 OWN_FLAGS = {
     "train": {"resume-only": "Refuse to start a new trajectory (exit 5)."},
     "verify": {
+        # Taken as by every stage: make gives all of them the same.
+        "force": "Changes nothing here: verify looks every time.",
+        "explain": "Changes nothing here: flux2-lora why says what changed.",
+        "wait": "Changes nothing here: verify waits for nobody.",
         "quick": "Look at presence, sizes and manifests only.",
         "deep": "Decode every record, and validate the dataset again.",
     },
@@ -139,13 +144,12 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
 
 def _stage_command(name: str) -> click.Command:
     example = f"\b\nExample:\n  flux2-lora {name} --config pipelines/demo.toml"
-    flags = [*FLAGS.items(), *OWN_FLAGS.get(name, {}).items()]
+    flags = {**FLAGS, **OWN_FLAGS.get(name, {})}
     return click.Command(
         name,
         params=[
             *place_options(config_required=name != "verify"),
-            option("force"),
-            *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags),
+            *(click.Option([f"--{flag}"], is_flag=True, help=text) for flag, text in flags.items()),
             *OWN_OPTIONS.get(name, []),
             *map(option, ("json", "quiet", "debug")),
         ],

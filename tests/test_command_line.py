@@ -114,7 +114,7 @@ def test_readme_lists_every_helper_in_the_order_of_the_program() -> None:
 # What one command means by an option that others have under that name.
 OWN = {
     ("gc", "--runs"), ("gc", "--wait"), ("run", "--quiet"), ("report", "--config"), ("unbundle", "--trust"),
-    ("pretrain", "--set"), ("verify", "--config"),
+    ("pretrain", "--set"), ("verify", "--config"), ("verify", "--force"),
 }  # fmt: skip
 
 
@@ -142,6 +142,12 @@ def test_every_command_has_help_and_an_example(name: str, capfd: pytest.CaptureF
     assert out == answer(capfd, [name, "-h"])[1]
     undescribed = [each.opts for each in command(name).params if isinstance(each, click.Option) and not each.help]
     assert undescribed == []
+
+
+def test_help_of_verify_says_which_options_of_every_stage_do_nothing_there(capfd: pytest.CaptureFixture[str]) -> None:
+    idle = re.compile(r"^  --(\w+) +Changes nothing here", re.M)
+    assert idle.findall(answer(capfd, ["verify", "--help"])[1]) == ["force", "explain", "wait"]
+    assert idle.findall(answer(capfd, ["train", "--help"])[1]) == []
 
 
 @pytest.mark.parametrize("name", cli.STAGES)
