@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def COMMAND(**options: Any) -> int:
         bundle, digest, by = unbundle(path, target, options["trust"], unsigned=options["unsigned"])
     signed = f"signed by {by}" if by else "signed by nobody you trust: that is your word now"
     messages.say(f"unpacked {len(bundle.files)} files, {signed}")
-    messages.say(f"go on with: cd {target} && flux2-lora train --config {PIPELINE}")
+    messages.say(f"go on with: cd {shlex.quote(str(target))} && flux2-lora train --config {PIPELINE}")
     if options["json"]:
         result = Result(
             stage="unbundle",

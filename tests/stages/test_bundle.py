@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import struct
@@ -74,6 +75,18 @@ def test_bundle_trains_without_the_pictures_to_the_same_lora(project: Project, t
     assert (checked.code, checked.counts["errors"]) == (0, 0)
     again = far.run("encode-latents", "--force")
     assert (again.code, again.error) == (5, "dataset.elsewhere")
+
+
+def test_command_to_go_on_with_is_one_for_a_shell(untrained: Project, tmp_path: Path) -> None:
+    said = unpack(pack(untrained), tmp_path / "my cat")[1]
+    there = re.search(r"go on with: (cd .+) && flux2-lora train", said)
+    assert there is not None
+    assert subprocess.check_output([there[1] + " && ls"], shell=True, text=True).split() == [
+        "pipeline.toml",
+        "runs",
+        "sources",
+        "store",
+    ]
 
 
 def test_bundle_is_a_plain_zip_the_same_bytes_each_time_without_pictures_or_paths(untrained: Project) -> None:
