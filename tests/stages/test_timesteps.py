@@ -66,5 +66,7 @@ def test_a_window_never_reached_is_an_error_of_the_configuration(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     window = "train.timesteps={kind = 'logit_normal', mean = 5.0, std = 0.2, maximum = 0.1}"
-    assert command(new_project(tmp_path), window) == 2
+    project = new_project(tmp_path)
+    assert command(project, window) == 2
+    assert not project.results.parent.exists()
     assert msgspec.json.decode(capfd.readouterr().out)["error"]["code"] == "timesteps.empty_window"
