@@ -55,6 +55,7 @@ OPTIONS = {
     "preview.seed": "--validation-seed",
     "preview.size": "--validation-size",
 }
+SETTING = re.compile(rf"(?<![\[.\w])({'|'.join(map(re.escape, OPTIONS))})(?!\.?\w)")
 # Exit codes above this are of processes that a signal stopped.
 SIGNALLED = 128
 HEADER = """# Written by `flux2-lora run`; {digest}
@@ -126,6 +127,11 @@ def _of_option(fault: Fault) -> Fault:
     return fault if option is None else msgspec.structs.replace(fault, where=option, fix=f"correct {option}")
 
 
+def in_options(text: str) -> str:
+    """Return what a stage says with the options of `run` in place of the settings that they give."""
+    return SETTING.sub(lambda found: OPTIONS[found[0]], text)
+
+
 def write_pipeline(path: Path, tables: dict[str, Any]) -> None:
     """Write the TOML. Raises BadConfig when someone edited the one that is there."""
     import tomli_w
@@ -155,19 +161,19 @@ def plan_only(options: dict[str, Any], name: str) -> tuple[Result, int]:
     return tell(job, (), started)
 
 
-def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int, Result | None]:
-    """Run the six stages in order under one display; return the first failure's exit code and the last result."""
-    result: Result | None = None
+def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int, list[Result]]:
+    """Run the six stages in order under one display; return the first failure's exit code and all results."""
+    told: list[Result] = []
     with ChainDisplay(STAGES, quiet=quiet).shown() as display:
         for stage in STAGES:
             command = [sys.executable, "-m", "stages", stage, "--config", str(config), "--json", *places]
-            code, printed = _run_process(command, display.feed)
+            code, printed = _run_process(command, lambda line: display.feed(in_options(line)))
             with contextlib.suppress(msgspec.DecodeError):
-                result = msgspec.json.decode(printed, type=Result)
-            display.finish(stage, _status(code, result))
+                told.append(msgspec.json.decode(printed, type=Result))
+            display.finish(stage, _status(code, told[-1] if told else None))
             if code:
-                return code, result
-    return 0, result
+                return code, told
+    return 0, told
 
 
 def _status(code: int, result: Result | None) -> Status:
@@ -209,17 +215,24 @@ def _forwarded(process: subprocess.Popen[str]) -> Generator[None]:
             signal.signal(number, handler)
 
 
-def _outcome(last: Result | None, code: int, output: Path, steps: int, started: float) -> Result:
-    """Return the run's one object: that of the stage which failed, or of the whole."""
+def _outcome(told: Sequence[Result], code: int, output: Path, steps: int, started: float) -> Result:
+    """Return the run's one object: that of the stage which failed, or of the whole.
+
+    It is up to date when all stages are that make something: verify always looks.
+    """
+    idle = all(each.status == "up to date" for each in told[:-1])
+    error = told[-1].error if code and told else None
+    if error is not None:
+        error = msgspec.structs.replace(error, where=in_options(error.where), fix=in_options(error.fix))
     return Result(
         stage="run",
-        status="failed" if code else "built",
+        status="failed" if code else "up to date" if idle else "built",
         key=None,
         path=None if code else str(output.absolute()),
         digest=None,
         counts={} if code else {"stages": len(STAGES), "steps": steps},
         seconds=round(time.monotonic() - started, 3),
-        error=last.error if code and last is not None else None,
+        error=error,
     )
 
 
@@ -277,11 +290,11 @@ def COMMAND(**options: Any) -> int:
     write_pipeline(config_path, tables)
     messages.say(f"{config_path} says everything this run does")
     places = ["--store", str(store), "--runs", str(runs), *(["--quiet"] if options["quiet"] else [])]
-    code, result = run_chain(config_path, places, quiet=options["quiet"])
+    code, told = run_chain(config_path, places, quiet=options["quiet"])
     if code == 0:
         restore_file(runs / name / results.lora(name), output, StatCache(store / "lookup" / "digests.sqlite"))
         messages.say(f"the LoRA: {output}")
         messages.say(f"everything else: {runs / name}")
     if options["json"]:
-        messages.result(msgspec.json.encode(_outcome(result, code, output, config.train.steps, started)))
+        messages.result(msgspec.json.encode(_outcome(told, code, output, config.train.steps, started)))
     return code

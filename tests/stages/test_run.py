@@ -33,7 +33,7 @@ def test_pictures_become_a_lora_and_the_same_command_again_does_nothing_twice(pr
     assert (project.root / "runs" / "zorb" / "zorb.safetensors").read_bytes() == lora
     (project.root / "made" / "zorb.safetensors").unlink()
     again = run(project, "--output", "made/zorb.safetensors")
-    assert again.code == 0
+    assert (again.code, again.status) == (0, "up to date")
     assert [line.split()[0] for line in again.stderr.splitlines() if line.endswith("up to date")] == [*STAGES[:-1]]
     assert (project.root / "made" / "zorb.safetensors").read_bytes() == lora
 
@@ -44,6 +44,14 @@ def test_stage_that_fails_ends_the_run_with_its_fault_and_exit_code(project: Pro
     assert (ran.code, ran.result["status"], ran.error) == (3, "failed", "picture.truncated")
     assert "error[picture.truncated] the picture is cut off (bob.png)" in ran.stderr
     assert "encode-latents" not in ran.stderr
+
+
+def test_stage_speaks_of_the_options_of_run(project: Project) -> None:
+    ran = run(project, "--batch-size", "5", "--learning-rate", "1e-50")
+    assert "warning: --batch-size times train.gradient_accumulation is 5, more than the 4 items" in ran.stderr
+    assert (ran.code, ran.result["status"]) == (8, "failed")
+    assert ran.result["error"]["fix"].startswith("raise --learning-rate, or")
+    assert f"fix: {ran.result['error']['fix']}" in ran.stderr
 
 
 @pytest.mark.parametrize(
