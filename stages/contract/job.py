@@ -13,7 +13,7 @@ from schemas.manifest import Manifest
 from schemas.run import Config
 from stages.contract.config import located
 from stages.contract.digests import StatCache
-from stages.contract.publish import no_resources, refuse_link
+from stages.contract.publish import make_folder, no_resources, refuse_link
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class Job:
         """Digests of files that did not change since they were last read."""
         with no_resources(self.store):
             path = self.store / "lookup" / "digests.sqlite"
+            if not self.look_only:
+                make_folder(path.parent)
             return StatCache(path, paranoid=self.flags.paranoid, look_only=self.look_only)
 
     @property

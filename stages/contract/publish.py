@@ -124,7 +124,10 @@ def no_resources(path: Path) -> Generator[None]:
         yield
     except PermissionError as error:
         raise NoResources(
-            "disk.permission", "cannot write", where=str(error.filename or path), fix="make the folder writable"
+            "disk.permission",
+            "cannot write",
+            where=str(error.filename or path),
+            fix="make the folder writable, or name another",
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -296,7 +299,13 @@ def make_folder(folder: Path) -> None:
     if os.path.lexists(folder):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError as error:
+        if not folder.parent.is_dir():
+            raise
+        # So says a file system of the kernel's own, such as /proc, where nobody can make anything.
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)) from error
     sync(folder.parent)
 
 
