@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -10,6 +11,17 @@ from schemas.base import Strict
 from schemas.errors import Fault
 
 CONTRACT_VERSION = 1
+
+# The counts of the stages as people read them: how much there is, what was done, what was there, what was wrong.
+COUNTED = (
+    "images", "total", "steps", "accepted", "items", "checked", "encoded", "rendered", "reused", "resumed_from",
+    "rejected", "errors", "warnings", "hints",
+)  # fmt: skip
+
+
+def in_order(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return the counts, the most telling first: in a manifest they are in the order of their names."""
+    return sorted(counts.items(), key=lambda each: COUNTED.index(each[0]) if each[0] in COUNTED else len(COUNTED))
 
 
 class FileRecord(Strict, frozen=True):

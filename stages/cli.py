@@ -21,7 +21,7 @@ import click
 import msgspec
 
 from schemas.errors import GIVEN, BadConfig, StageError, Stale, Stopped
-from schemas.manifest import Result, ResultError
+from schemas.manifest import Result, ResultError, in_order
 from schemas.version import VERSION
 from stages.console import messages
 from stages.console.invocation import SHARED, job_of, option, place_options, repeated
@@ -215,7 +215,7 @@ def _result(name: str, job: Job, started: float) -> tuple[Result, int]:
 
 
 def _summary(result: Result) -> str:
-    counts = ", ".join(f"{name} {count}" for name, count in result.counts.items())
+    counts = ", ".join(f"{name} {count}" for name, count in in_order(result.counts))
     return f"{result.stage}: {result.status} ({counts}) in {result.seconds:.1f} s, {result.path}"
 
 

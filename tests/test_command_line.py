@@ -287,7 +287,7 @@ def test_success_is_one_object_on_stdout_and_lines_for_people_on_stderr(
     }
     code, out, err = answer(capfd, line[:-1])
     assert (code, out) == (0, "")
-    assert err.startswith("validate: up to date (")
+    assert err.startswith("validate: up to date (images 12, accepted 12, items 12, rejected 0, warnings 0)")
     assert str(built["path"]) in err
 
 

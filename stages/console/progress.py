@@ -116,7 +116,7 @@ class Progress:
             self.changed()
 
     def rate(self) -> float | None:
-        """Return steps per second over the recent window, or None before two steps are done.
+        """Return steps per second over the recent window, or None before two steps that took long enough to tell.
 
         The first step does not count: it loads and compiles.
         """
@@ -124,7 +124,7 @@ class Progress:
             return None
         since, first = self._samples[0]
         seconds = self._reached_at - since
-        return (self.done - first) / seconds if seconds > 0 else None
+        return (self.done - first) / seconds if seconds >= SAMPLE_SECONDS else None
 
     def seconds_left(self) -> float | None:
         """Return the time left at the recent rate, or None when that or the total is unknown, or all is done."""
@@ -337,9 +337,10 @@ def _waiting(stage: str) -> Reached:
 def _rate_text(rate: float | None, unit: str) -> str:
     if not rate:
         return ""
-    if unit:
-        return f"{rate:.1f} {unit}/s"
-    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+    if rate < 1 and not unit:
+        return f"{1 / rate:.1f} s each"
+    decimals = 1 if rate < 100 else 0
+    return f"{rate:.{decimals}f}{unit and f' {unit}'}/s"
 
 
 def _clock(seconds: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from schemas import results
-from schemas.manifest import Manifest
+from schemas.manifest import Manifest, in_order
 from stages.pages.record import STAGES, Record
 
 TITLES = {
@@ -93,7 +93,7 @@ def _link(stage: str, made: Mapping[str, Manifest]) -> Link:
 
 
 def _counts(manifest: Manifest) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items() if count)
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in in_order(manifest.counts) if count)
 
 
 def _seconds(text: str) -> float | None:

@@ -57,6 +57,21 @@ def test_rate_is_told_in_the_unit_counted(clock: Clock):
     assert bar.snapshot().note == "0.2 MB/s"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.5, "2.0/s"), (1 / 99, "99.0/s"), (1 / 2226, "2226/s"), (4, "4.0 s each")]
+)
+def test_rate_has_a_decimal_where_it_tells_something(clock: Clock, seconds: float, said: str):
+    bar = Progress("validate", total=100_000, clock=clock)
+    stepped(bar, clock, 3000, seconds)
+    assert bar.snapshot().note == said
+
+
+def test_no_rate_is_told_of_a_moment(clock: Clock):
+    bar = Progress("validate", total=12, clock=clock)
+    stepped(bar, clock, 11, 0.0001)
+    assert (bar.rate(), bar.seconds_left()) == (None, None)
+
+
 def test_time_left_runs_down_between_steps(clock: Clock):
     bar = Progress("train", total=10, clock=clock)
     stepped(bar, clock, 5, 10.0)
