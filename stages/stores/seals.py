@@ -57,9 +57,12 @@ class Sealed:
 def seal(path: Path) -> None:
     """Put the seal into a Parquet file just written. Raises OSError when it cannot be read back."""
     import google_crc32c
-    from pyarrow import parquet
+    from pyarrow import ArrowInvalid, parquet
 
-    metadata = parquet.read_metadata(path)
+    try:
+        metadata = parquet.read_metadata(path)
+    except ArrowInvalid as error:
+        raise _lost(path.name) from error
     with path.open("r+b") as file:
         footer_at = file.seek(-TAIL_BYTES - metadata.serialized_size, 2)
         footer = _exactly(file, TAIL_BYTES + metadata.serialized_size)
@@ -78,8 +81,12 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
     """Return the next bytes of a file just written. Raises OSError when it gives fewer: sealed, that would pass."""
     data = file.read(count)
     if len(data) != count:
-        raise OSError(errno.EIO, "what was just written cannot be read back", file.name)
+        raise _lost(file.name)
     return data
+
+
+def _lost(name: str) -> OSError:
+    return OSError(errno.EIO, "what was just written cannot be read back", name)
 
 
 def open_sealed(path: Path, blame: Blame) -> Sealed:

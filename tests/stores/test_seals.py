@@ -34,3 +34,13 @@ def test_table_that_cannot_be_read_back_is_not_sealed(
     with pytest.raises(OSError, match="cannot be read back") as raised:
         write_table(tmp_path / "captions.parquet", CAPTIONS, [{"caption_id": "a" * 32, "text": "a cat"}])
     assert raised.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("length", [0, 3, 100])
+def test_table_whose_end_is_not_given_back_is_not_sealed(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "captions.parquet"
+    write_table(path, CAPTIONS, [{"caption_id": "a" * 32, "text": "a cat"}])
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(OSError, match="cannot be read back") as raised:
+        seals.seal(path)
+    assert raised.value.errno == errno.EIO
