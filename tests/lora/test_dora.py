@@ -5,11 +5,11 @@ import pytest
 from mlx import nn
 
 from schemas.adapter import DoRA
-from schemas.errors import BadConfig, Damaged
+from schemas.errors import Damaged
 from schemas.train import Train
 from stages.flux2.transformer import Transformer
 from stages.lora.dora import DoRALinear
-from stages.lora.formats import bfl, diffusers
+from stages.lora.formats import bfl
 from stages.lora.formats.read import read
 from stages.lora.layer import Factors, by_module, dense
 from stages.lora.merge import adapters, assign, attach, portable, trainable
@@ -116,11 +116,6 @@ def test_it_works_beside_a_quantized_linear() -> None:
     plain.weight = dense(quantized)
     x = random(1, 2, 64)
     assert tiny.error(layer(quantized)(x), layer(plain)(x)) <= 1e-5
-
-
-def test_the_diffusers_layout_refuses_what_diffusers_would_drop(model: Transformer) -> None:
-    with pytest.raises(BadConfig, match="20 factors"):
-        diffusers.to_tensors(portable(model, trainable(model)), tiny.KLEIN, dtype=mx.float32)
 
 
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"

@@ -5,7 +5,7 @@ import pytest
 
 from schemas.errors import BadConfig, Damaged
 from stages.flux2.variants import KLEIN_4B
-from stages.lora.formats import bfl, diffusers
+from stages.lora.formats import bfl
 from stages.lora.formats.read import read
 from stages.lora.formats.scale import ADAPTER_METADATA
 from stages.lora.layer import Factors
@@ -52,12 +52,6 @@ def test_values_are_rounded_once_to_the_saved_type(dtype: mx.Dtype) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     found = read(tensors, {}, tiny.KLEIN)
     assert equal(found, {name: factor.astype(dtype).astype(mx.float32) for name, factor in expected.items()})
-
-
-def test_export_in_diffusers_names_reads_back_the_same() -> None:
-    tensors = diffusers.to_tensors(scaled(golden_factors()), tiny.KLEIN, dtype=mx.float32)
-    assert {key.partition(".")[0] for key in tensors} == {"transformer"}
-    assert equal(read(tensors, {}, tiny.KLEIN), scaled(golden_factors()))
 
 
 def test_adapters_apart_on_q_and_v_become_one_of_their_common_rank() -> None:
@@ -120,7 +114,7 @@ def test_a_file_without_adapters_is_refused() -> None:
 
 def test_a_linear_named_twice_is_refused() -> None:
     tensors, metadata = load("lora-bfl")
-    again = diffusers.to_tensors(golden_factors(), tiny.KLEIN, dtype=mx.float32)
+    again, _ = load("lora-diffusers")
     tensors |= {key: again[key] for key in again if "single_transformer_blocks.0" in key or "1.attn.to_q" in key}
     with pytest.raises(Damaged) as caught:
         read(tensors, metadata, tiny.KLEIN)

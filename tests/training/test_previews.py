@@ -96,8 +96,19 @@ def kohya(factors: Factors, *, alpha: float) -> dict[str, mx.array]:
     return tensors
 
 
+def spelled(factors: Factors) -> dict[str, mx.array]:
+    """Spell factors as diffusers does: q, k and v have the same A, and a third of B's rows each."""
+    tensors: dict[str, mx.array] = {}
+    for name, (module, third) in diffusers.names(CONFIG).items():
+        if f"{module}.lora_A" in factors:
+            up = factors[f"{module}.lora_B"]
+            tensors[f"transformer.{name}.lora_A.weight"] = factors[f"{module}.lora_A"]
+            tensors[f"transformer.{name}.lora_B.weight"] = up if third is None else mx.split(up, 3)[third]
+    return tensors
+
+
 LAYOUTS: dict[str, Callable[[Factors], Mapping[str, mx.array]]] = {
-    "diffusers": lambda factors: diffusers.to_tensors(factors, CONFIG, dtype=mx.float32),
+    "diffusers": spelled,
     "kohya": lambda factors: kohya(factors, alpha=1.0),
 }
 
