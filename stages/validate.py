@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from schemas.errors import BadConfig, Fault, RejectedInput, Stale
+from schemas.errors import BadConfig, Damaged, Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
 from schemas.validate import MaskSource
 from stages.contract.artifacts import Built, Plan, keyed
@@ -127,8 +127,15 @@ class Validate:
         """Leave nothing in the run folder: the tables are in the store."""
 
     def findings(self, folder: Path) -> list[Fault]:
-        """Return what the report in an artifact's folder lists: warnings, and what was left out."""
-        return msgspec.json.decode((folder / REPORT).read_bytes(), type=_Report).findings
+        """Return what the report in an artifact's folder lists: warnings, what was left out. Raises Damaged."""
+        path = folder / REPORT
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=_Report).findings
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            fix = "run validate again; if that does not help, with --force"
+            raise Damaged(
+                "report.unreadable", "cannot read the report", where=str(path), why=str(error), fix=fix
+            ) from error
 
 
 def _counts(dataset: Dataset) -> dict[str, int]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from schemas.errors import Damaged
 from schemas.tables import CAPTIONS, DATASET
+from stages.validate import STAGE
 from tests.stages.project import Project, draw, listing, new_project, rows, truncate
 
 STRAY = ["lookup", ".tmp", ".locks"]
@@ -116,3 +118,10 @@ def test_trigger_and_comments_of_the_file_decide_what_is_made_anew(project: Proj
     project.config.write_text("# a comment\n" + project.config.read_text())
     assert project.run("validate").status == "up to date"
     assert project.run("validate", sets=("validate.trigger=blorb",)).status == "built"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff"])
+def test_report_that_cannot_be_read_is_damage_and_no_bug(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(data)
+    with pytest.raises(Damaged, match=r"report\.unreadable.*fix: "):
+        STAGE.findings(tmp_path)
