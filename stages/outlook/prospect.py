@@ -23,6 +23,7 @@ from stages.outlook.changes import PARTS, Why, why
 from stages.outlook.needs import Need, Needs, disk_of, free_bytes, surely_too_much, to_do
 from stages.outlook.timing import Timing
 from stages.training.memory import device_bytes
+from stages.training.preflight import beyond_the_end
 
 HEADER = ("stage", "state", "to do", "peak memory", "disk", "time")
 UNITS = {
@@ -140,6 +141,8 @@ def _notes(job: Job, ahead: Ahead, rows: Sequence[Row], limit_bytes: int | None,
         if row.need.fits is False and not surely_too_much(row.need, limit_bytes):
             compared = _compared(row.need.peak_bytes or 0, limit_bytes or 0)
             yield f"{row.stage} may not fit into memory: {compared}. fix: {_advice(row.need)}"
+    if any(row.stage == "train" and row.to_do for row in rows):
+        yield from beyond_the_end(job.config.train)
     if any(row.stage == "train" and row.seconds is None for row in rows):
         yield "nothing like this training was measured here: flux2-lora bench tells, saved with --json for --bench"
     if job.config.train.rotation is not None and rows[-1].to_do:

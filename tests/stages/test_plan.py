@@ -205,6 +205,13 @@ def test_time_of_a_training_nobody_ran_is_taken_from_bench(untrained: Project) -
     assert (ran.code, ran.error) == (2, "plan.bench")
 
 
+def test_setting_for_steps_that_are_never_taken_is_told_while_there_is_something_to_train(project: Project) -> None:
+    late = ("train.validation.every=500", "train.validation.pictures=1")
+    assert "the loss is measured once, before training, as train.steps is 4" in plan(project, sets=late).stderr
+    project.make("train", "preview", sets=late)
+    assert "as train.steps is 4" not in plan(project, sets=late).stderr
+
+
 def test_dataset_that_validate_will_refuse_is_told(project: Project) -> None:
     (project.pictures / "bob.txt").unlink()
     (project.pictures / "ada.png").write_bytes(b"no picture")
