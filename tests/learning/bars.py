@@ -13,7 +13,7 @@ BARS = {
     "L1": f"captions followed: all-correct >= {ALL} of held-out prompts; colour, position, background >= {PART}",
     "L2": f"the demo's LoRA: new thing >= {NEW} of seeds; base all-correct >= {KEPT_ALL}, colour >= {KEPT_COLOUR}",
     "L3": "mean training loss and final validation loss lie in their bands, whatever the seed",
-    "L4": "L2 holds with EMA, DoRA, 8 and 4 bits, caption dropout, other guidance, two resolutions, and for a style",
+    "L4": "L2 holds with EMA, DoRA, 8 and 4 bits, caption dropout, guidance 2 and 5, two resolutions, for a style",
     "L5": "each break of what draws misses L1",
     "L6": "each break of what trains misses L2 or L3",
     "L7": "what pictures cannot show: each break fails a comparison with recorded activations or noise levels",

@@ -34,7 +34,10 @@ def teach(encoded: Project, tmp_path_factory: pytest.TempPathFactory) -> Teach:
 
     def once(sets: Sets) -> Trained:
         if sets not in known:
-            known[sets] = trained(encoded.copy(tmp_path_factory.mktemp("taught") / "project"), sets)
+            project = encoded.copy(tmp_path_factory.mktemp("taught") / "project")
+            if any(setting.startswith("validate.") for setting in sets):
+                project.make(*ENCODING, sets=sets)
+            known[sets] = trained(project, sets)
         return known[sets]
 
     return once
