@@ -172,8 +172,7 @@ def _announce(job: Job, plan: Plan, start: Checkpoint | None) -> None:
     if start is not None:
         job.say(f"resuming from step {start.step}")
     if others := copies_of_others(job, {trajectory_of(plan.params, plan.inputs)}):
-        names = ", ".join(path.name for path in others)
-        job.say(f"the run folder holds LoRAs of an older training, which stay unless this one replaces them: {names}")
+        job.say(f"LoRAs of an older training stay in the run folder unless this one replaces them: {others}")
 
 
 def _note(job: Job, params: Mapping[str, Any], inputs: Mapping[str, str]) -> None:

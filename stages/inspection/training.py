@@ -98,8 +98,7 @@ def _unfinished(inspection: Inspection, begun: str, finished: str) -> None:
 def _others(inspection: Inspection, own: set[str]) -> None:
     """Tell of copies that an older training left in the run folder: they look like this one's."""
     if others := copies_of_others(inspection.job, own):
-        names = ", ".join(path.name for path in others)
-        what = f"the run folder holds LoRAs of an older training: {names}"
+        what = f"the run folder holds LoRAs of an older training: {others}"
         inspection.hint("train.copies_of_others", what, "delete them, or move them out of the run folder")
 
 

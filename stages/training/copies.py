@@ -12,6 +12,8 @@ from schemas.manifest import FileRecord
 from stages.contract.artifacts import restore_file
 from stages.contract.job import Job
 
+MOST_NAMED = 5
+
 
 def know_together(job: Job, paths: Iterable[Path]) -> None:
     """Hash those of `paths` that are there and not known yet, before they are asked for one by one.
@@ -40,18 +42,19 @@ def restore_proved(job: Job, source: Path, recorded: FileRecord, target: Path, s
     restore_file(source, target, job.digests)
 
 
-def copies_of_others(job: Job, trajectories: Collection[str]) -> list[Path]:
-    """Return the copies of checkpoints and averages in the run folder that say they are of no such trajectory.
+def copies_of_others(job: Job, trajectories: Collection[str]) -> str:
+    """Return the names of the LoRAs beside a run's finished one that say they are of no such trajectory.
 
-    A file that says nothing, or cannot be read, is nobody's.
+    Of many the first few, and "" of none. A file that says nothing, or cannot be read, is nobody's.
     """
     from stages.stores.tensors import read_header
 
     shown = [*job.run_folder.glob(results.checkpoint("*")), job.run_folder / results.ema(job.run)]
-    found: list[Path] = []
+    found: list[str] = []
     for path in sorted(shown, key=lambda each: (len(each.name), each.name)):
         with suppress(Damaged, NoResources):
             said = read_header(path).metadata.get("trajectory") if path.is_file() else None
             if said is not None and said not in trajectories:
-                found.append(path)
-    return found
+                found.append(path.name)
+    more = [f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
+    return ", ".join([*found[:MOST_NAMED], *more])

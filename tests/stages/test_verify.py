@@ -205,7 +205,13 @@ def test_loras_of_an_older_training_are_a_hint_and_said_before_another_begins(pr
     ran = project.run("verify", sets=sets)
     assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (0, ["train.copies_of_others"])
     assert "checkpoint_2.safetensors, checkpoint_4.safetensors, " in ran.result["findings"][0]["what"]
-    for step in (2, 4, 5):
+    for step in range(10, 13):
+        shutil.copy(project.results / "checkpoint_2.safetensors", project.results / f"checkpoint_{step}.safetensors")
+    [finding] = project.run("verify", sets=sets).result["findings"]
+    assert finding["what"].endswith(
+        "checkpoint_5.safetensors, checkpoint_10.safetensors, checkpoint_11.safetensors, and 1 more"
+    )
+    for step in (2, 4, 5, *range(10, 13)):
         (project.results / f"checkpoint_{step}.safetensors").unlink()
     assert codes(project) == []
 
