@@ -55,7 +55,7 @@ ALLOWED = {
     "stages/outlook/chain.py": "a folder aside, gone at the end: nothing of the run's is touched",
     "stages/outlook/reasons.py": "a folder aside, gone at the end: nothing of the run's is touched",
     "stages/run.py": "a file aside, gone at the end: the pipeline that --plan looks at",
-    "stages/gc.py": "things go in one rename each",
+    "stages/inspection/reachability.py": "things go in one rename each",
     "stages/cli.py": "nowhere: what a reader that left will not read",
 }
 
