@@ -54,12 +54,13 @@ def load_settings(kind: type[Settings], path: Path, assignments: Sequence[str] =
 
 
 def located(name: str, base: Path) -> Path:
-    """Return where a path of a configuration in the folder `base` leads; `~` is the home folder.
+    """Return where a path of a configuration in the folder `base` leads; a `~` in front is the home folder.
 
     Of nobody known it is a plain name.
     """
     try:
-        return base / Path(name).expanduser()
+        # A Path forgets the `./` of one who means a folder of that name.
+        return base / (Path(name).expanduser() if name.startswith("~") else name)
     except RuntimeError:
         return base / name
 

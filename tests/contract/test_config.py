@@ -295,6 +295,7 @@ def test_path_starts_at_the_file_or_at_the_home_folder(tmp_path: Path, monkeypat
     for name, path in (
         ("photos", base / "photos"),
         ("~/photos", tmp_path / "home" / "photos"),
+        ("./~/photos", base / "~" / "photos"),
         ("/x/y", Path("/x/y")),
     ):
         assert located(name, base) == path
