@@ -1,6 +1,6 @@
 """Losses of healthy trainings lie in bands; a broken training misses a band, the new thing or the base.
 
-The bands hold for the demo with two pictures kept from training; they were measured with seeds 1 and 2.
+The bands hold for the demo with two pictures kept from training; they were measured with seeds 42, 1 and 2.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tests.learning.training import ENCODING, VALIDATED, Trained, demo, trained
 from tests.stages.project import Project
 
 SEEDS = (42, 1, 2)
-TRAINING: Band = (0.04, 0.09)  # mean over the run; measured 0.063 and 0.066
-VALIDATION: Band = (0.05, 0.12)  # after the last step; measured 0.087 and 0.082
+TRAINING: Band = (0.038, 0.07)  # mean over the run; measured 0.048 to 0.053
+VALIDATION: Band = (0.06, 0.12)  # after the last step; measured 0.085 to 0.090
 START: Band = (0.05, 0.5)  # of the validation loss before the first step; measured 0.165, broken 4.5 to 50
 NO_PROGRESS = 8  # the exit code of a training that learnt nothing
 
