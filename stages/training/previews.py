@@ -226,12 +226,16 @@ def write_sheet(
 
 def _require(whole: bool, path: Path) -> None:  # noqa: FBT001
     if not whole:
-        raise Damaged(
-            "preview.unreadable",
-            "a picture that was drawn is gone or damaged",
-            where=path.name,
-            fix=f"flux2-lora preview {GIVEN} (it draws that one again)",
-        )
+        raise _unreadable(path)
+
+
+def _unreadable(path: Path) -> Damaged:
+    return Damaged(
+        "preview.unreadable",
+        "a picture that was drawn is gone or damaged",
+        where=path.name,
+        fix=f"flux2-lora preview {GIVEN} (it draws that one again)",
+    )
 
 
 def _spread(shots: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -242,12 +246,14 @@ def _spread(shots: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
 
 
 def place(job: Job, scene: Scene, lora_digest: str, step: int) -> None:
-    """Put a step's pictures into the run folder while training goes on, and make it the latest."""
+    """Put a step's pictures into the run folder while training goes on, and make it the latest. Raises Damaged."""
     singles = results.previews(step, len(scene.prompts))
-    for name, key in zip(singles, scene.keys(lora_digest), strict=True):
-        if picture := find_picture(job.stores, key):
-            restore_file(picture, job.run_folder / name, job.digests)
     whole = job.run_folder / results.preview(step)
+    for name, key in zip(singles, scene.keys(lora_digest), strict=True):
+        picture = find_picture(job.stores, key)
+        if picture is None:
+            raise _unreadable(whole)
+        restore_file(picture, job.run_folder / name, job.digests)
     if len(singles) > 1:
         with workspace(job.store) as space:
             write_grid(job.stores, scene, lora_digest, space / whole.name)
@@ -256,8 +262,11 @@ def place(job: Job, scene: Scene, lora_digest: str, step: int) -> None:
 
 
 def pixels(path: Path) -> np.ndarray:
-    """Return a stored picture [H, W, 3] uint8."""
+    """Return a stored picture [H, W, 3] uint8. Raises Damaged."""
     from PIL import Image
 
-    with Image.open(path, formats=("PNG",)) as picture:
-        return np.array(picture.convert("RGB"))
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _unreadable(path) from error

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from schemas.errors import Damaged
 from stages.contract.artifacts import read_manifest
 from stages.stores.tensors import Tensor, load, save
+from stages.training import previews
 from tests.stages.project import Project, contents, edit, flip, listing, truncate
 
 TWO_PROMPTS = 'preview.prompts=["a red zorb", "a blue zorb"]'
@@ -175,3 +177,22 @@ def test_preview_before_training_names_the_stage_that_is_missing(untrained: Proj
     assert (refused.code, refused.error) == (5, "input.missing")
     assert refused.result["error"]["fix"].startswith("flux2-lora train ")
     assert listing(untrained.store, "lookup") == before
+
+
+def test_picture_that_cannot_be_read_while_training_is_damage_not_a_bug(
+    untrained: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = 'preview.prompts=["a red one"]'
+    untrained.make("encode-text", sets=(one,))
+    with monkeypatch.context() as patch:
+        patch.setattr(previews, "find_picture", lambda *_: None)
+        refused = untrained.run("train", sets=(one,))
+    assert (refused.code, refused.error) == (4, "preview.unreadable")
+    untrained.make("train", sets=(one,))
+
+
+def test_picture_that_is_cut_off_between_two_looks_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "1.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(Damaged, match="gone or damaged"):
+        previews.pixels(path)
