@@ -37,7 +37,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(COMMA))dev]"
 	@touch $@
 
-# File by file in their order: longest last, as xdist would have it, one core waits for the other.
+# Files in their order: xdist puts those of few tests last, but some of them are long, and one core waits.
 test: $(VENV)/installed-dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
