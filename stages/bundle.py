@@ -29,7 +29,7 @@ from stages.contract.bundles import (
     write_tree,
     write_zip,
 )
-from stages.contract.digests import canonical_json, sha256_bytes
+from stages.contract.digests import canonical_json, read_proved, sha256_bytes
 from stages.contract.job import Job
 from stages.contract.publish import beside, publish_file, publish_folder
 from stages.contract.runner import reading, upstream
@@ -131,7 +131,7 @@ def bundle(job: Job, output: Path, key: Path | None) -> tuple[str, int]:
     def members() -> Iterator[Member]:
         yield from ((LIST, data), (SIGNATURE, signature))
         for name in sorted(records):
-            yield name, written[name] if name in written else stored[name].read_bytes()
+            yield name, written[name] if name in written else read_proved(stored[name], records[name].sha256)
 
     with beside(output) as space:
         work = space / "bundle"

@@ -20,9 +20,10 @@ from schemas.errors import BadConfig
 from schemas.manifest import Result
 from stages.console import messages
 from stages.console.invocation import PATH, shared
+from stages.contract.digests import read_proved, sha256_file
 from stages.contract.formats import require_format
 from stages.contract.locks import hold
-from stages.contract.publish import make_folder, write_file
+from stages.contract.publish import make_folder, no_resources, write_file
 from stages.contract.runner import store_lock
 from stages.inspection.compaction import compact, scattered
 from stages.inspection.lineage import MAKERS
@@ -53,7 +54,10 @@ def pin(store: Path, runs: Sequence[Path], name: str) -> Path:
     target = store / PINS / name
     for each in names:
         if (found[0] / each).is_file():
-            write_file(target / each, (found[0] / each).read_bytes())
+            receipt = found[0] / each
+            with no_resources(receipt):
+                data = read_proved(receipt, sha256_file(receipt))
+            write_file(target / each, data)
     return target
 
 

@@ -15,7 +15,7 @@ import msgspec
 from schemas.base import Strict
 from schemas.errors import Damaged, Stale
 from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
-from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes, sha256_file
+from stages.contract.digests import StatCache, canonical_json, digest_of, read_proved, sha256_bytes, sha256_file
 from stages.contract.publish import no_resources, write_file
 
 MANIFEST = "manifest.json"
@@ -218,7 +218,10 @@ def receipt_bytes(receipt: Receipt) -> bytes:
 
 
 def restore_file(source: Path, target: Path, digests: StatCache) -> None:
-    """Make `target` a copy of `source` unless it is one already, judged by content."""
-    if _size(target) == _size(source) and len(set(digests.files([source, target]))) == 1:
-        return
-    write_file(target, source.read_bytes())
+    """Make `target` a copy of `source` unless it is one already, judged by content. Raises NoResources."""
+    with no_resources(source):
+        expected = digests.files([source])[0]
+        if _size(target) == _size(source) and digests.files([target]) == [expected]:
+            return
+        data = read_proved(source, expected)
+    write_file(target, data)

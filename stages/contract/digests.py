@@ -75,6 +75,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_proved(path: Path, sha256: str) -> bytes:
+    """Return a file's bytes. Raises OSError when those read have another digest: a copy of them would be believed."""
+    data = path.read_bytes()
+    if sha256_bytes(data) != sha256:
+        raise OSError(errno.EIO, f"what was read is not what the file holds: expected sha256 {sha256}", str(path))
+    return data
+
+
 class State(NamedTuple):
     """What files look like from outside: equal `text`, equal bytes; `youngest_ns` is the last of all their times."""
 

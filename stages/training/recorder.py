@@ -11,7 +11,7 @@ import mlx.core as mx
 import msgspec
 
 from schemas import results
-from schemas.errors import NoResources
+from schemas.errors import Damaged, NoResources
 from schemas.version import VERSION
 from stages.console.charts import training_curves
 from stages.console.progress import Measures, Progress
@@ -147,7 +147,11 @@ class Recorder:
                 training_curves(history, self._job.run_folder / results.CURVES)
             lora, digest = self.last.shown(ema=self._job.config.preview.ema)
             self._shots.append((step, digest))
-            self._draw(lora, step, digest)
+            try:
+                self._draw(lora, step, digest)
+            except (Damaged, NoResources) as error:
+                # A picture is not worth a training: the preview stage draws what is missing, or says what is wrong.
+                self._job.warn(f"no pictures of step {step}, training goes on: {error.faults[0].line()}")
         if settings.rotation is not None:
             rotate(self._job.store, self._job.run_folder, settings.rotation, self.last, history)
 

@@ -13,7 +13,7 @@ import pytest
 from schemas.base import Strict
 from schemas.encode_latents import EncodeLatents
 from schemas.encode_text import EncodeText
-from schemas.errors import BadConfig, Damaged
+from schemas.errors import BadConfig, Damaged, NoResources
 from schemas.manifest import Manifest
 from schemas.preview import Preview
 from schemas.timesteps import LogitNormal, Uniform
@@ -200,6 +200,20 @@ def test_result_is_restored_when_absent_or_changed_and_else_left_alone(tmp_path:
     target.write_bytes(b"LORA")
     restore_file(source, target, digests)
     assert target.read_bytes() == b"lora"
+
+
+def test_copy_of_what_was_read_short_or_wrong_is_an_error_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"lora")
+    target.write_bytes(b"old")
+    for read in (b"lor", b"lorb"):
+        monkeypatch.setattr(Path, "read_bytes", lambda _, read=read: read)
+        with pytest.raises(NoResources, match="not what the file holds"):
+            restore_file(source, target, StatCache(tmp_path / "digests.sqlite"))
+        monkeypatch.undo()
+        assert target.read_bytes() == b"old"
 
 
 def test_link_in_place_of_a_result_is_refused_not_followed(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import msgspec
 import pytest
 from safetensors import safe_open
 
+from schemas.errors import Damaged
 from stages.stores.tensors import load, tensor_digest
 from stages.training.loop import Line
+from stages.training.previews import Painter
 from tests.stages.project import Project, contents, edit, flip, stop_after, truncate
 
 # Every feature that draws: two pictures of two batches a step, dropped captions, mirrored twins.
@@ -152,6 +154,30 @@ def test_checkpoints_and_previews_leave_no_mark_on_the_lora(project: Project, un
     assert steps_saved(project) == list(range(1, STEPS + 1))
     assert (project.results / "preview_5.png").is_file()
     assert trace(project) == trace(unbroken)
+
+
+def test_pictures_that_cannot_be_drawn_end_no_training(
+    project: Project, unbroken: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step they do: nothing is lost yet, and whoever started it still looks."""
+    paint, failing = Painter.paint, [True, False]
+
+    def failed(painter: Painter, lora: Path | None, *more: object) -> int:
+        if failing[lora is not None]:
+            raise Damaged("record.changed", "an embedding is damaged", where="fragment")
+        return paint(painter, lora, *more)  # type: ignore[arg-type]
+
+    sets = ('preview.prompts=["a red thing"]',)
+    project.make("encode-text", sets=sets)
+    monkeypatch.setattr(Painter, "paint", failed)
+    assert project.run("train", sets=sets).error == "record.changed"
+    assert steps_saved(project) == []
+    failing[:] = [False, True]
+    ran = project.make("train", sets=sets)["train"]
+    assert [f"no pictures of step {step}, training goes on" in ran.stderr for step in (3, 6, 8)] == [True] * 3
+    assert trace(project) == trace(unbroken)
+    monkeypatch.undo()
+    assert project.make("preview", sets=sets)["preview"].counts == {"images": 4, "rendered": 3, "reused": 1}
 
 
 def test_changed_setting_is_announced_and_starts_over(done: Project) -> None:
