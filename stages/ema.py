@@ -17,10 +17,10 @@ from schemas.errors import BadConfig, Stale
 from schemas.manifest import Result
 from stages.console import messages
 from stages.console.invocation import PATH, job_of, places, shared
-from stages.contract.artifacts import Plan
+from stages.contract.artifacts import Plan, restore_file
 from stages.contract.digests import canonical_json
 from stages.contract.job import Job
-from stages.contract.publish import workspace, write_file
+from stages.contract.publish import workspace
 from stages.contract.runner import load_stage, reading
 
 if TYPE_CHECKING:
@@ -44,11 +44,17 @@ Example:
 
 
 def averaged_checkpoints(job: Job, plan: Plan) -> list[Checkpoint]:
-    """Return the public checkpoints of a training so far, by step. Raises Stale when there are less than two."""
-    from stages.training.checkpoints import list_checkpoints, trajectory_of
+    """Return the public checkpoints of a training so far, by step.
+
+    Raises Stale when there are less than two, Damaged for one that cannot be read: it would be left out unsaid.
+    """
+    from stages.training.checkpoints import find_checkpoints, trajectory_of
 
     steps = job.config.train.steps
-    saved = list_checkpoints(job.stores, trajectory_of(plan.params, plan.inputs))
+    saved, unreadable = find_checkpoints(job.stores, trajectory_of(plan.params, plan.inputs))
+    for step, error in unreadable.items():
+        if step <= steps:
+            raise error
     found = [each for each in saved if each.manifest.public and each.step <= steps]
     if len(found) < 2:
         more = f" --force --set train.checkpoint_every={max(steps // 10, 1)}" if found else ""
@@ -67,6 +73,7 @@ def average(job: Job, plan: Plan, found: Sequence[Checkpoint], sigma_rel: float)
     from stages.flux2.backend import prepare
     from stages.lora.init_lora import ROLE
     from stages.stores.tensors import to_mlx
+    from stages.training.checkpoints import STATE
     from stages.training.ema import post_hoc
     from stages.training.sources import make_trainer
 
@@ -76,7 +83,8 @@ def average(job: Job, plan: Plan, found: Sequence[Checkpoint], sigma_rel: float)
     trainer = make_trainer(job, settings, backend.compute_dtype, plan.inputs.get(ROLE))
     saved = []
     for checkpoint in found:
-        trainer.load_state({name: to_mlx(tensor) for name, tensor in checkpoint.state().items()})
+        state = {name: to_mlx(tensor) for name, tensor in checkpoint.state().items()}
+        trainer.load_state(state, str(checkpoint.folder / STATE))
         saved.append((checkpoint.step, trainer.factors))
     return trainer.lora_file(post_hoc(saved, sigma_rel=sigma_rel))
 
@@ -99,7 +107,7 @@ def write(job: Job, tensors: Mapping[str, Tensor], about: Mapping[str, str], tar
 
     with workspace(job.store) as space:
         save(space / target.name, tensors, described(tensors, about))
-        write_file(target, (space / target.name).read_bytes())
+        restore_file(space / target.name, target, job.digests)
 
 
 @places
