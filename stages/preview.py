@@ -141,12 +141,19 @@ class Preview:
 
 
 def shots(job: Job) -> list[Shot]:
-    """Return step 0 without a LoRA, every public checkpoint, and the finished LoRA; with `ema` their averages."""
+    """Return step 0 without a LoRA, every public checkpoint, and the finished LoRA; with `ema` their averages.
+
+    Raises Damaged for a checkpoint that cannot be read: its step would be missing from the pictures unsaid.
+    """
     from stages.training.checkpoints import public_checkpoints
 
     manifest, folder = upstream(job, "train")
     steps = manifest.params["steps"]
-    found = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
+    found, unreadable = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
+    for step, error in unreadable.items():
+        # Of the last step there is the finished LoRA.
+        if step < steps:
+            raise error
     ema = job.config.preview.ema
     before = [(each.step, *each.shown(ema=ema)) for each in found if each.step < steps]
     kind = "ema" if ema else "lora"

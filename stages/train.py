@@ -136,7 +136,9 @@ class Train:
         targets = {LORA: results.lora(job.run), EMA: results.ema(job.run)}
         for name, entry in manifest.files.items():
             restore_proved(job, folder / name, entry, job.run_folder / targets.get(name, name), self.name)
-        found = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
+        found, unreadable = public_checkpoints(job.stores, manifest, job.config.train.checkpoint_every)
+        for error in unreadable.values():
+            job.warn(error.faults[0].line())
         shown = [(checkpoint, job.run_folder / results.checkpoint(checkpoint.step)) for checkpoint in found]
         know_together(job, (path for checkpoint, target in shown for path in (checkpoint.lora, target)))
         for checkpoint, target in shown:
@@ -200,7 +202,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     """Train to the last step and return its checkpoint. Raises Stopped, Diverged, Damaged."""
     from stages.console.progress import progress
     from stages.stores.tensors import to_mlx
-    from stages.training.checkpoints import trajectory_of
+    from stages.training.checkpoints import STATE, trajectory_of
     from stages.training.control import Control
     from stages.training.loop import Loop
     from stages.training.preflight import preflight
@@ -217,7 +219,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     company.begin(trajectory_of(plan.params, plan.inputs))
     trainer = make_trainer(job, settings, backend.compute_dtype, plan.inputs.get(ROLE))
     if start is not None:
-        trainer.load_state({name: to_mlx(tensor) for name, tensor in start.state().items()})
+        trainer.load_state({name: to_mlx(each) for name, each in start.state().items()}, str(start.folder / STATE))
     _join(trainer, company)
     # Not before: settings that are refused are no training begun.
     _note(job, plan.params, plan.inputs)

@@ -22,12 +22,12 @@ from stages.training.checkpoints import (
     FOLDER,
     LORA,
     METRICS,
+    REMEDY,
     STATE,
     Checkpoint,
+    find_checkpoints,
     list_checkpoints,
-    newest,
     public_checkpoints,
-    trajectory_folder,
     trajectory_of,
 )
 from stages.training.copies import copies_of_others
@@ -90,9 +90,11 @@ def _unfinished(inspection: Inspection, begun: str, finished: str) -> None:
     if finished:
         what = "another training was begun after the one that is finished"
         inspection.error(Stale, "train.unfinished", what, f"trajectory {begun}", job.remedy("train"))
-    if any(any(trajectory_folder(store, begun).glob("[0-9]*")) for store in job.stores):
-        with inspection.noting():
-            newest(job.stores, begun, 1 << 62, lambda _: None)
+    found, unreadable = find_checkpoints(job.stores, begun)
+    for error in unreadable.values():
+        inspection.failed(error)
+    for checkpoint in found:
+        _files(inspection, checkpoint, REMEDY)
 
 
 def _others(inspection: Inspection, own: set[str]) -> None:
@@ -165,10 +167,11 @@ def _checkpoints(inspection: Inspection, chain: Chain) -> None:
     job, train = inspection.job, chain["train"][0]
     fix = f"{job.remedy('train')} --force"
     trajectory = trajectory_of(train.params, train.inputs)
-    for checkpoint in public_checkpoints(job.stores, train, job.config.train.checkpoint_every):
-        name = f"{FOLDER}/{trajectory}/{checkpoint.step}"
-        for file, entry in checkpoint.manifest.files.items():
-            inspection.file(checkpoint.folder / file, entry, f"{name}/{file}", fix)
+    public, unreadable = public_checkpoints(job.stores, train, job.config.train.checkpoint_every)
+    for error in unreadable.values():
+        inspection.failed(error)
+    for checkpoint in public:
+        _files(inspection, checkpoint, fix)
         entry = checkpoint.manifest.files[LORA]
         copy = job.run_folder / results.checkpoint(checkpoint.step)
         inspection.file(copy, entry, copy.name, job.remedy("train"))
@@ -183,9 +186,16 @@ def _checkpoints(inspection: Inspection, chain: Chain) -> None:
     if "preview" in chain and shows(preview := chain["preview"][0], train):
         there = {each.step: {each.manifest.lora, each.manifest.ema} for each in found} | {0: {"none"}}
         for step, lora in drawn(preview).items():
-            if step != train.params["steps"] and lora not in there.get(step, ()):
-                what = f"the checkpoint of step {step} is missing or unreadable"
+            if step not in (train.params["steps"], *unreadable) and lora not in there.get(step, ()):
+                what = f"the checkpoint of step {step} is missing"
                 inspection.error(Damaged, "checkpoint.missing", what, trajectory, fix)
+
+
+def _files(inspection: Inspection, checkpoint: Checkpoint, fix: str) -> None:
+    """Check every file of a checkpoint."""
+    name = f"{FOLDER}/{checkpoint.manifest.trajectory}/{checkpoint.step}"
+    for file, entry in checkpoint.manifest.files.items():
+        inspection.file(checkpoint.folder / file, entry, f"{name}/{file}", fix)
 
 
 def _complete(inspection: Inspection, train: Manifest, checkpoint: Checkpoint) -> None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from schemas.errors import Damaged, Stale
+from schemas.errors import GIVEN, Damaged, Fault, Stale
 from schemas.manifest import CONTRACT_VERSION, CheckpointManifest, Manifest
 from schemas.schedules import Schedule
 from stages.contract.artifacts import MANIFEST, record
 from stages.contract.digests import canonical_json, digest_of, sha256_bytes, sha256_file
-from stages.contract.publish import publish_folder, workspace
+from stages.contract.publish import publish_folder, regular, workspace
 from stages.training.schedules import depends_on_total
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ LORA = "lora.safetensors"
 EMA = "ema.safetensors"
 METRICS = "metrics.jsonl"
 FOLDER = "checkpoints"
+REMEDY = "delete that folder; training resumes from the checkpoint before"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Checkpoint:
         return load(self.folder / name, sha256=self.manifest.files[name].sha256)
 
     def _damaged(self, name: str, why: str) -> Damaged:
-        fix = "delete that folder; training resumes from the checkpoint before"
-        return Damaged("checkpoint.damaged", "a damaged checkpoint", where=str(self.folder / name), why=why, fix=fix)
+        where = str(self.folder / name)
+        return Damaged("checkpoint.damaged", "a damaged checkpoint", where=where, why=why, fix=REMEDY)
 
 
 @dataclass(frozen=True)
@@ -152,26 +153,48 @@ def trajectory_of(params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     return digest_of("trajectory", {"version": VERSION, "settings": settings, "inputs": inputs})
 
 
-def public_checkpoints(stores: Sequence[Path], train: Manifest, every: int) -> list[Checkpoint]:
-    """Return the checkpoints of a finished training that people see: every `every` steps, and the last."""
+def public_checkpoints(
+    stores: Sequence[Path], train: Manifest, every: int
+) -> tuple[list[Checkpoint], dict[int, Damaged]]:
+    """Return the checkpoints of a finished training that people see: every `every` steps, and the last.
+
+    With them comes, by step, what is wrong with those of them that cannot be read.
+    """
     steps = train.params["steps"]
-    found = list_checkpoints(stores, trajectory_of(train.params, train.inputs))
-    return [each for each in found if each.step == steps or (each.step < steps and each.step % every == 0)]
+    found, unreadable = find_checkpoints(stores, trajectory_of(train.params, train.inputs))
+
+    def public(step: int) -> bool:
+        return step == steps or (step < steps and step % every == 0)
+
+    return [each for each in found if public(each.step)], {
+        step: error for step, error in unreadable.items() if public(step)
+    }
 
 
 def list_checkpoints(stores: Sequence[Path], trajectory: str) -> list[Checkpoint]:
     """Return every checkpoint with a readable manifest, by step; the first store that has a step wins."""
+    return find_checkpoints(stores, trajectory)[0]
+
+
+def find_checkpoints(stores: Sequence[Path], trajectory: str) -> tuple[list[Checkpoint], dict[int, Damaged]]:
+    """Return the checkpoints of `list_checkpoints`, and why no store has a readable one of the other steps."""
     found: dict[int, Checkpoint] = {}
-    for store in reversed(stores):
-        folder = trajectory_folder(store, trajectory)
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name.isdigit():
-                try:
-                    checkpoint = Checkpoint(path, read_checkpoint_manifest(path))
-                except Damaged:
-                    continue
-                found[checkpoint.step] = checkpoint
-    return [found[step] for step in sorted(found)]
+    unreadable: dict[int, Damaged] = {}
+    for step, path in reversed(_folders(stores, trajectory)):
+        try:
+            found[step] = Checkpoint(path, read_checkpoint_manifest(path))
+        except Damaged as error:
+            unreadable[step] = error
+    return [found[step] for step in sorted(found)], {
+        step: unreadable[step] for step in sorted(unreadable.keys() - found.keys())
+    }
+
+
+def _folders(stores: Sequence[Path], trajectory: str) -> list[tuple[int, Path]]:
+    """Return (step, folder) of all that is called a checkpoint, in the order of the stores."""
+    folders = [folder for store in stores if (folder := trajectory_folder(store, trajectory)).is_dir()]
+    paths = [path for folder in folders for path in folder.iterdir()]
+    return [(int(path.name), path) for path in paths if path.name.isascii() and path.name.isdigit()]
 
 
 def newest(
@@ -179,41 +202,42 @@ def newest(
 ) -> Checkpoint | None:
     """Return the newest whole checkpoint of at most `most_steps`; None when there is none at all.
 
-    Damaged ones are skipped with a warning. Raises Damaged when all are, rather than start over by itself.
+    Damaged ones are passed over with a warning. Raises Damaged when all are, rather than start over by itself.
     """
-    folders = [trajectory_folder(store, trajectory) for store in stores]
-    paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.name.isdigit()]
-    candidates = sorted((path for path in paths if int(path.name) <= most_steps), key=lambda path: -int(path.name))
-    damage: Damaged | None = None
-    for path in candidates:
+    candidates = [each for each in _folders(stores, trajectory) if each[0] <= most_steps]
+    damage: list[tuple[int, Fault]] = []
+    for step, path in sorted(candidates, key=lambda each: -each[0]):
         try:
             checkpoint = Checkpoint(path, read_checkpoint_manifest(path))
             checkpoint.check()
         except Damaged as error:
-            damage = error
-            warn(f"{error.faults[0].line()} (falling back to an older checkpoint)")
+            damage.append((step, error.faults[0]))
         else:
+            for lost, fault in damage:
+                warn(f"{fault.line()} (falling back to step {step}, {lost - step} steps earlier)")
             return checkpoint
-    if damage is not None:
-        raise damage
+    if damage:
+        # None is left to resume from, so their own remedy would lead to a fresh start unasked.
+        fix = f"restore one of them from a copy, or start over: flux2-lora train {GIVEN} --force"
+        raise Damaged.of(msgspec.structs.replace(fault, fix=fix) for _, fault in damage)
     return None
 
 
 def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
     """Return a checkpoint's manifest, proved by its own digest. Raises Damaged, or Stale for another version's."""
     path = folder / MANIFEST
-    fix = "delete that folder; training resumes from the checkpoint before"
     try:
-        data = path.read_bytes()
+        with open(path, "rb", opener=regular) as file:
+            data = file.read()
         manifest = msgspec.json.decode(data, type=CheckpointManifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Damaged(
-            "checkpoint.unreadable", "no readable manifest", where=str(path), why=str(error), fix=fix
+            "checkpoint.unreadable", "no readable manifest", where=str(path), why=str(error), fix=REMEDY
         ) from error
     names = (str(manifest.step), manifest.trajectory)
     sound = manifest.self_digest == _self_digest(manifest) and data == _written(manifest)
     if not sound or names != (folder.name, folder.parent.name):
-        raise Damaged("checkpoint.altered", "the manifest is not what it says", where=str(path), fix=fix)
+        raise Damaged("checkpoint.altered", "the manifest is not what it says", where=str(path), fix=REMEDY)
     if manifest.contract != CONTRACT_VERSION:
         raise Stale(
             "checkpoint.version",

@@ -131,16 +131,20 @@ class Trainer:
             STEPS: mx.array(self._steps, dtype=mx.uint64),
         }
 
-    def load_state(self, state: dict[str, mx.array]) -> None:
-        """Continue from what `state` returned. Raises `Damaged` unless names, shapes and types are the same."""
+    def load_state(self, state: dict[str, mx.array], where: str = "") -> None:
+        """Continue from what `state` returned. Raises `Damaged` unless names, shapes and types are the same.
+
+        `where` names the file that it comes from.
+        """
         expected = {name: (array.shape, array.dtype) for name, array in self.state().items()}
         found = {name: (array.shape, array.dtype) for name, array in state.items()}
         if wrong := sorted(name for name, _ in expected.items() ^ found.items()):
             raise Damaged(
                 "checkpoint.state",
                 "the checkpoint is not of this training",
+                where=where,
                 why=f"{len(set(wrong))} tensors are missing, unexpected or of another shape, first {wrong[0]}",
-                fix="remove this checkpoint; training continues from the one before",
+                fix="delete its folder; training resumes from the checkpoint before",
             )
         self._factors = {name: state[f"{LORA}{name}"] for name in self._factors}
         self._optimizer = {name: state[f"{OPTIMIZER}{name}"] for name in self._optimizer}

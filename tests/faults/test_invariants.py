@@ -110,7 +110,7 @@ MUTANTS: dict[int, tuple[Mutate, tuple[str, ...]]] = {
         ("checkpoint.missing",),
     ),
     29: (lambda p: mutants.edited(p.results / "trajectory.json"), ("trajectory.altered",)),
-    30: (mutants.unfinished_and_damaged, ("checkpoint.damaged", "stage.not_run")),
+    30: (mutants.unfinished_and_damaged, ("file.changed", "stage.not_run")),
     31: (lambda p: p.store.chmod(0o777), ("store.writable",)),
     32: (mutants.littered, ("store.litter",)),
 }

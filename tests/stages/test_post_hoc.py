@@ -167,4 +167,10 @@ def test_damaged_checkpoint_is_refused_and_so_is_a_name_that_no_reader_takes(
     refused = average(project)
     assert (refused.code, refused.error) == (4, "tensors.digest")
     assert str(state) in refused.result["error"]["where"]
+    # One that cannot be read at all is not left out unsaid either.
+    manifest = state.with_name("manifest.json")
+    manifest.unlink()
+    refused = average(project)
+    assert (refused.code, refused.error) == (4, "checkpoint.unreadable")
+    assert str(manifest) in refused.result["error"]["where"]
     assert not (project.root / "out.safetensors").exists()

@@ -70,6 +70,22 @@ def test_training_shows_the_same_contact_sheet_as_it_grows(untrained: Project, f
     assert two.shape[1] < pixels(untrained.results / "previews.png").shape[1]
 
 
+def test_checkpoint_that_cannot_be_read_is_an_error_and_never_left_out_unsaid(project: Project) -> None:
+    [folder] = (project.store / "checkpoints").glob("*/2")
+    [last] = (project.store / "checkpoints").glob("*/4")
+    # Of the last step there is the finished LoRA.
+    flip(last / "manifest.json")
+    assert project.run("preview", sets=("preview.steps=1",)).counts["images"] == 3
+    flip(folder / "manifest.json")
+    ran = project.run("preview", sets=("preview.steps=3",))
+    assert (ran.code, ran.result["error"]["where"].partition(":")[0]) == (4, str(folder / "manifest.json"))
+    # Training is complete without it, and says so.
+    ran = project.run("train")
+    assert (ran.code, ran.stderr.count("warning: error[checkpoint.")) == (0, 2)
+    shutil.rmtree(folder)
+    assert project.run("preview", sets=("preview.steps=3",)).counts["images"] == 2
+
+
 def test_pictures_are_the_same_whether_training_drew_them_or_not(untrained: Project, finished: Project) -> None:
     without = ("preview.during_training=false",)
     untrained.make("train", sets=without)

@@ -129,12 +129,30 @@ def test_changed_manifest_is_found(project: Project, stage: str) -> None:
 
 
 def test_changed_or_lost_checkpoint_is_found(project: Project) -> None:
-    folder = only(project.store, "checkpoints/*/2")
-    flip(folder / "manifest.json")
+    """Of the last step too, which the pictures do not need: it is what a longer training resumes from."""
+    for step in (4, 2):
+        folder = only(project.store, f"checkpoints/*/{step}")
+        flip(folder / "manifest.json")
+        ran = project.run("verify")
+        [finding] = ran.result["findings"]
+        assert (ran.code, finding["where"]) == (4, str(folder / "manifest.json"))
+        shutil.rmtree(folder)
+        assert [each["code"] for each in project.run("verify").result["findings"]] == ["checkpoint.missing"] * (
+            step == 2
+        )
+
+
+def test_every_checkpoint_of_a_training_that_is_not_finished_is_looked_at(project: Project) -> None:
+    sets = ("train.learning_rate=2e-3", "train.steps=3", "train.checkpoint_every=1", "preview.during_training=false")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, signal.SIGTERM, patch)
+        assert project.run("train", sets=sets).code == 143
+    [folder] = [path.parent for path in (project.store / "checkpoints").glob("*/1")]
+    flip(folder / "1" / "manifest.json")
+    flip(folder / "2" / "state.safetensors")
     ran = project.run("verify")
-    assert (ran.code, ran.error) == (4, "checkpoint.missing")
-    shutil.rmtree(folder)
-    assert project.run("verify").error == "checkpoint.missing"
+    where = {finding["where"] for finding in ran.result["findings"] if finding["code"] != "train.unfinished"}
+    assert (ran.code, where) == (4, {str(folder / "1" / "manifest.json"), str(folder / "2" / "state.safetensors")})
 
 
 def test_all_faults_of_a_run_are_listed_at_once(project: Project) -> None:

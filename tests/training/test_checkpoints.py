@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stages.stores.tensors import Tensor
 from stages.training.checkpoints import (
     Checkpoint,
     Snapshot,
+    find_checkpoints,
     list_checkpoints,
     newest,
     public_checkpoints,
@@ -82,15 +84,31 @@ def test_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, name: 
     step, warnings = found(tmp_path)
     assert step == 2
     assert len(warnings) == 1
-    assert "falling back" in warnings[0]
+    assert "falling back to step 2, 2 steps earlier" in warnings[0]
     assert str(last.folder) in warnings[0]
 
 
 def test_damage_everywhere_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
-    for each in write(tmp_path, 2, 4):
+    written = write(tmp_path, 2, 4)
+    for each in written:
         flip(each.folder / "state.safetensors")
-    with pytest.raises(Damaged, match="damaged checkpoint"):
+    with pytest.raises(Damaged, match="damaged checkpoint") as raised:
         found(tmp_path)
+    faults = raised.value.faults
+    assert [fault.where for fault in faults] == [str(each.folder / "state.safetensors") for each in written[::-1]]
+    # There is none before to resume from.
+    assert all(fault.fix.endswith("start over: flux2-lora train --config ... --force") for fault in faults)
+
+
+def test_pipe_or_link_in_place_of_a_manifest_keeps_nobody_waiting(tmp_path: Path) -> None:
+    before, last = write(tmp_path, 2, 4)
+    path = last.folder / "manifest.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert found(tmp_path)[0] == 2
+    path.unlink()
+    path.symlink_to(before.folder / "manifest.json")
+    assert found(tmp_path)[0] == 2
 
 
 def test_bytes_are_proved_when_they_are_read(tmp_path: Path) -> None:
@@ -126,6 +144,8 @@ def test_litter_beside_checkpoints_is_not_taken_for_one(tmp_path: Path) -> None:
     write(tmp_path, 2)
     (trajectory_folder(tmp_path, TRAJECTORY) / "9.partial").mkdir()
     (trajectory_folder(tmp_path, TRAJECTORY) / "notes").write_text("")
+    # A digit to Python, and no number.
+    (trajectory_folder(tmp_path, TRAJECTORY) / "²").mkdir()
     assert found(tmp_path) == (2, [])
 
 
@@ -136,6 +156,19 @@ def test_first_store_that_has_a_step_wins(tmp_path: Path) -> None:
     listed = list_checkpoints([mine, theirs], TRAJECTORY)
     assert [each.step for each in listed] == [2, 4]
     assert listed[0].folder.is_relative_to(mine)
+
+
+def test_what_no_store_has_readable_is_told_from_what_is_not_there(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    own, others = write(mine, 2, 4), write(theirs, 4, 6)
+    for each in (*own, others[1]):
+        flip(each.folder / "manifest.json")
+    whole, unreadable = find_checkpoints([mine, theirs], TRAJECTORY)
+    assert [each.folder for each in whole] == [others[0].folder]
+    assert {step: error.faults[0].where for step, error in unreadable.items()} == {
+        2: str(own[0].folder / "manifest.json"),
+        6: str(others[1].folder / "manifest.json"),
+    }
 
 
 def manifest(steps: int) -> Manifest:
@@ -158,8 +191,13 @@ def manifest(steps: int) -> Manifest:
 
 def test_people_see_every_nth_checkpoint_and_the_last(tmp_path: Path) -> None:
     write(tmp_path, 2, 3, 4, 6, 8)
-    shown = {every: [each.step for each in public_checkpoints([tmp_path], manifest(6), every)] for every in (2, 3, 5)}
+    shown = {
+        every: [each.step for each in public_checkpoints([tmp_path], manifest(6), every)[0]] for every in (2, 3, 5)
+    }
     assert shown == {2: [2, 4, 6], 3: [3, 6], 5: [6]}
+    flip(trajectory_folder(tmp_path, TRAJECTORY) / "4" / "manifest.json")
+    unreadable = {every: list(public_checkpoints([tmp_path], manifest(6), every)[1]) for every in (2, 3)}
+    assert unreadable == {2: [4], 3: []}
 
 
 def test_trajectory_leaves_out_steps_and_nothing_else() -> None:

@@ -78,8 +78,9 @@ def test_state_is_float32_and_counts_steps() -> None:
 
 def test_state_of_another_training_is_refused() -> None:
     taking, other = trainer(), trainer(msgspec.structs.replace(SETTINGS, rank=8))
-    with pytest.raises(Damaged, match="120 tensors"):
-        taking.load_state(other.state())
+    with pytest.raises(Damaged, match="120 tensors") as raised:
+        taking.load_state(other.state(), "8/state.safetensors")
+    assert raised.value.faults[0].where == "8/state.safetensors"
 
 
 def test_a_window_of_micro_batches_equals_the_big_batch() -> None:
