@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from schemas.errors import BadConfig, NoResources
-from stages.contract.digests import sha256_file
+from stages.contract.digests import sha256_bytes, sha256_file
 from stages.contract.formats import FORMAT, missing_note, require_format
 
 TEMPORARY = ".tmp"
+# Of a file name, on every file system in use.
+MOST_NAME_BYTES = 255
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def workspace(store: Path) -> Generator[Path]:
 def beside(target: Path) -> Generator[Path]:
     """Yield a fresh folder as `workspace` does, for a `target` that lies in no store; on its filesystem."""
     target = target.absolute()
-    base = target.parent / f".{target.name}{TEMPORARY}"
+    base = sibling(target)
     with no_resources(base):
         try:
             with _fresh(base) as folder:
@@ -184,11 +186,18 @@ def write_file(target: Path, data: bytes) -> None:
     refuse_link(target)
     with no_resources(target):
         make_folder(target.parent)
-        aside = target.parent / f".{target.name}.tmp"
-        while not _written(data, aside, target):
+        while not _written(data, sibling(target), target):
             # Another process renamed its own sibling of that name while we waited for it.
             continue
         sync(target.parent)
+
+
+def sibling(target: Path) -> Path:
+    """Return where the bytes of `target` are made ready, beside it: one name for all writers."""
+    name = f".{target.name}{TEMPORARY}"
+    if len(os.fsencode(name)) > MOST_NAME_BYTES:
+        name = f".{sha256_bytes(os.fsencode(target.name))}{TEMPORARY}"
+    return target.parent / name
 
 
 def _written(data: bytes, aside: Path, target: Path) -> bool:

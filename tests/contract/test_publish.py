@@ -101,6 +101,20 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to name 
 
 
 @linux
+def test_target_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
+    target = tmp_path / ("é" * 121 + "x.safetensors")
+    assert len(os.fsencode(target.name)) == 255
+    write_file(target, b"one")
+    write_file(target, b"two")
+    assert target.read_bytes() == b"two"
+    target.unlink()
+    with publish.beside(target) as work:
+        (work / "file").write_bytes(b"three")
+        publish_file(work / "file", target)
+    assert target.read_bytes() == b"three"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_folder_is_synced_whole_then_renamed_then_its_parent_is_synced(
     tmp_path: Path, events: list[tuple[str, str]]
 ) -> None:
