@@ -6,6 +6,7 @@ Every exit code of the command line has exactly one class here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -36,6 +37,11 @@ class Fault(Strict, frozen=True):
         why = f": {self.why}" if self.why else ""
         fix = f". fix: {self.fix}" if self.fix else ""
         return printable(f"error[{self.code}] {self.what}{where}{why}{fix}")
+
+
+def legible(name: str) -> str:
+    r"""Return a name from the system as text that can be printed and stored: what is not UTF-8 becomes `\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def printable(text: str) -> str:

@@ -52,7 +52,7 @@ class Validate(Strict, frozen=True):
         {"captions": "one", "tags": None, "repeats": (), "class_dataset": None, "masks": None}
     )
 
-    dataset: str
+    dataset: Annotated[str, Meta(min_length=1)]
     trigger: Annotated[str, Meta(max_length=64)] = ""
     resolutions: Annotated[tuple[Resolution, ...], Meta(min_length=1, max_length=8)] = (512,)
     upscale: bool = False

@@ -20,11 +20,11 @@ from typing import Any
 import click
 import msgspec
 
-from schemas.errors import GIVEN, BadConfig, StageError, Stale, Stopped
+from schemas.errors import GIVEN, BadConfig, StageError, Stale, Stopped, legible
 from schemas.manifest import Result, ResultError, in_order
 from schemas.version import VERSION
 from stages.console import messages
-from stages.console.invocation import SHARED, job_of, option, place_options, repeated
+from stages.console.invocation import PATH, SHARED, job_of, option, place_options, repeated
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.publish import no_resources
@@ -97,7 +97,7 @@ OWN_OPTIONS = {
             ["--recompute"], metavar="P%", default="", help="Make a random share of records and steps again."
         ),
         click.Option(["--model"], default="", help="Judge FILE on this model: a short name, a folder or a hub id."),
-        click.Argument(["file"], required=False, type=click.Path(path_type=Path)),
+        click.Argument(["file"], required=False, type=PATH),
     ],
 }
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 118}
@@ -221,7 +221,7 @@ def _summary(result: Result) -> str:
 
 def fail(arguments: Sequence[str], error: StageError, started: float) -> int:
     """Print every fault of `error` as a line and, for programs, as the one object; return the exit code."""
-    name = next((each for each in arguments if not each.startswith("-")), "")
+    name = legible(next((each for each in arguments if not each.startswith("-")), ""))
     faults = [fault.given(_repeated(name, arguments)) if GIVEN in fault.fix else fault for fault in error.faults]
     messages.faults(faults)
     if "--json" in arguments:
@@ -279,15 +279,25 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
 def _usage(error: click.ClickException, arguments: Sequence[str]) -> BadConfig:
     """Return click's complaint as ours: the nearest option, or else where the help is."""
     near: list[str] = getattr(error, "possibilities", None) or []
-    what = (error.message if near else error.format_message()).rstrip(".").replace("\n", " ")
+    # click lists choices in lines of their own.
+    what = " ".join((error.message if near else error.format_message()).rstrip(".").split())
     command = " ".join(["flux2-lora", *(each for each in arguments[:1] if each in STAGES or each in HELPERS)])
     return BadConfig("usage", what, fix=f"did you mean {near[0]}?" if near else f"{command} --help")
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raise BadConfig for bytes that no TOML, key or JSON can hold."""
+    for each in arguments:
+        if legible(each) != each:
+            fix = "type it as UTF-8; what it names must be renamed first"
+            raise BadConfig("usage", "an argument is not UTF-8", where=legible(each), fix=fix)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line (none at all asks for help); return its exit code."""
     started = time.monotonic()
     try:
+        _require_text(arguments)
         # Not `COMMAND.main`: it ends the process with 1 when the reader of its output leaves.
         with COMMAND.make_context("flux2-lora", list(arguments) or ["--help"]) as context:
             return COMMAND.invoke(context) or 0

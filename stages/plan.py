@@ -6,14 +6,13 @@ Nothing is written and no model is loaded; before anything ran, pictures are jud
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
 from stages.console import messages
-from stages.console.invocation import job_of, places, shared
+from stages.console.invocation import PATH, job_of, places, shared
 
 HELP = """Say what each stage would do and what that takes: work, peak memory, disk, time. Nothing is written.
 
@@ -30,9 +29,7 @@ Example:
 @places
 @shared("json", "quiet", "debug")
 @click.command("plan", help=HELP, context_settings={"max_content_width": 118})
-@click.option(
-    "--bench", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="What bench --json printed here."
-)
+@click.option("--bench", type=PATH, multiple=True, metavar="FILE", help="What bench --json printed here.")
 def COMMAND(**options: Any) -> int:
     """Be the `plan` command."""
     from stages.outlook.prospect import tell

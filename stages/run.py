@@ -31,9 +31,9 @@ from stages.console import messages
 from stages.console.invocation import PATH, shared
 from stages.console.progress import ChainDisplay, Status
 from stages.contract.artifacts import restore_file
-from stages.contract.config import load_config
+from stages.contract.config import is_folder, load_config
 from stages.contract.digests import StatCache, sha256_bytes
-from stages.contract.job import Job
+from stages.contract.job import Job, require_apart
 from stages.contract.publish import write_file
 from stages.contract.runner import STAGES
 from stages.flux2.variants import VARIANTS
@@ -94,7 +94,7 @@ def pipeline(options: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
 
 def _source(model: str, folder: Path) -> str:
     """Return a model folder as the TOML names it; anything else is a hub id."""
-    return os.path.relpath(Path(model).absolute(), folder.absolute()) if Path(model).is_dir() else model
+    return os.path.relpath(Path(model).absolute(), folder.absolute()) if is_folder(Path(model)) else model
 
 
 def run_name(output: Path) -> str:
@@ -279,6 +279,7 @@ def COMMAND(**options: Any) -> int:
         raise BadConfig(
             "dataset.absent", "no such folder of pictures", where=where, fix="name the folder of pictures"
         )
+    require_apart(options["pictures"], store, runs)
     require_output(output)
     if options["plan"]:
         planned, code = plan_only(options, name)

@@ -13,8 +13,9 @@ from schemas.errors import BadConfig, Damaged, Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
 from schemas.validate import MaskSource
 from stages.contract.artifacts import Built, Plan, keyed
+from stages.contract.config import is_folder
 from stages.contract.digests import digest_of
-from stages.contract.job import Job
+from stages.contract.job import Job, require_apart
 from stages.dataset.pixels import PLAN_VERSION
 from stages.dataset.stand_in import folder_digest, require_pictures
 from stages.dataset.statistics import Spread, Statistics
@@ -173,11 +174,12 @@ def class_folder(job: Job) -> Path | None:
     if name is None:
         return None
     folder, dataset = job.located(name), job.dataset.resolve()
-    if not folder.is_dir():
+    if not is_folder(folder):
         what = "the folder of class pictures does not exist"
     elif folder.resolve().is_relative_to(dataset) or dataset.is_relative_to(folder.resolve()):
         what = "the folder of class pictures and the dataset lie in each other"
     else:
+        require_apart(folder, job.store, job.runs)
         return folder
     fix = f"correct validate.class_dataset in {job.config_path} (it is relative to that file)"
     raise BadConfig("dataset.class_folder", what, where=str(folder), fix=fix)

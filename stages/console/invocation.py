@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
-from schemas.errors import GIVEN, BadConfig
+from schemas.errors import GIVEN, BadConfig, legible
 from stages.console import messages
 from stages.contract.config import load_config
 from stages.contract.job import Flags, Job
 from stages.contract.trust import distrusted, require_trust
 
-PATH = click.Path(path_type=Path)
 STORE, RUNS = Path("store"), Path("runs")
 
+
+class Place(click.Path):
+    """A path that the file system can hold, and that keys, tables and JSON can name."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path. Raises BadConfig for one that is empty, too long or not UTF-8 from its root on."""
+        path = cast("Path", super().convert(value, param, ctx))
+        why = _unusable(path) if str(value) else "it is empty"
+        if not why:
+            return path
+        option = param.opts[0] if param else ""
+        raise BadConfig("usage.path", "no usable path", where=option, why=why, fix="name another, or rename it")
+
+
+def _unusable(path: Path) -> str:
+    """Return why nothing can lie at `path`, or nobody could say where; nothing when all is well."""
+    try:
+        whole = str(path.absolute())
+    except FileNotFoundError:
+        return "the folder it starts from is gone"
+    if legible(whole) != whole:
+        return f"{legible(whole)} is not UTF-8"
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return f"{error.strerror}: {whole[:80]}..."
+    return ""
+
+
+PATH = Place(path_type=Path)
 
 # What several commands have is spelled, explained and defaulted here, for all of them.
 SHARED: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {

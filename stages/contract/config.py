@@ -65,6 +65,14 @@ def located(name: str, base: Path) -> Path:
         return base / name
 
 
+def is_folder(path: Path) -> bool:
+    """Return whether a folder lies there; a name too long for the file system names none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def _parse(path: Path) -> dict[str, Any]:
     where = str(path)
     try:

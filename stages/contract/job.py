@@ -11,7 +11,7 @@ from pathlib import Path
 from schemas.errors import BadConfig
 from schemas.manifest import Manifest
 from schemas.run import Config
-from stages.contract.config import located
+from stages.contract.config import is_folder, located
 from stages.contract.digests import StatCache
 from stages.contract.publish import make_folder, no_resources, refuse_link
 
@@ -35,6 +35,19 @@ class Flags:
 
 def _silent(_: str) -> None:
     """Say nothing."""
+
+
+def require_apart(pictures: Path, store: Path, runs: Path) -> None:
+    """Raise BadConfig when results would lie among the pictures: each run would take them for new ones."""
+    for option, place in (("--store", store), ("--runs", runs)):
+        if place.resolve().is_relative_to(pictures.resolve()):
+            raise BadConfig(
+                "dataset.not_apart",
+                "what is made would lie in the folder of pictures",
+                where=f"{option} {place}",
+                why=f"the pictures are all that {pictures.resolve()} holds",
+                fix="move the pictures into a folder of their own, or name others with --store and --runs",
+            )
 
 
 @dataclass
@@ -86,20 +99,16 @@ class Job:
 
     @property
     def dataset(self) -> Path:
-        """The folder of pictures. Raises BadConfig when it does not exist."""
+        """The folder of pictures. Raises BadConfig when it does not exist, or what is made would lie in it."""
         folder = self.located(self.config.validate.dataset)
-        try:
-            there = folder.is_dir()
-        except OSError:
-            # A name too long for the file system names nothing.
-            there = False
-        if not there:
+        if not is_folder(folder):
             raise BadConfig(
                 "dataset.absent",
                 "the dataset folder does not exist",
                 where=str(folder),
                 fix=f"correct validate.dataset in {self.config_path} (it is relative to that file)",
             )
+        require_apart(folder, self.store, self.runs)
         return folder
 
     @property

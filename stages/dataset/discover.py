@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
-from schemas.errors import BadConfig, Fault
+from schemas.errors import BadConfig, Fault, legible
 from stages.contract.digests import State, canonical_json, identity, sha256_bytes, youngest_ns
 
 # Raised whenever the same folder gives another listing: what was remembered of folders is then forgotten.
@@ -124,11 +124,6 @@ def _look(entry: os.DirEntry[bytes]) -> tuple[tuple[object, ...], int]:
         # It leads nowhere, and will look otherwise as soon as it leads somewhere.
         return row, changed_ns
     return (*row, target, *identity(end)), max(changed_ns, youngest_ns(end))
-
-
-def legible(name: str) -> str:
-    r"""Return a file name as text that every system can print: bytes that are not UTF-8 become `\xe9`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def stem_of(relative: str) -> str:

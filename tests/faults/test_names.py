@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.dataset.corpus import png
-from tests.stages.project import Project, draw, new_project
+from tests.stages.project import Project, command, draw, new_project
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (
@@ -52,6 +52,70 @@ def test_hostile_names_are_plain_names_and_reach_no_terminal_and_no_shell(projec
     assert ran["encode-latents"].counts["encoded"] == len(HOSTILE) + 4
     assert all(line.isprintable() for each in ran.values() for line in each.stderr.splitlines())
     assert not list(project.root.rglob("CANARY*"))
+
+
+def test_bytes_that_are_not_utf8_in_places_and_arguments_are_refused_by_name(tmp_path: Path) -> None:
+    project = new_project(tmp_path / os.fsdecode(b"caf\xe9"))
+    plain = new_project(tmp_path / "plain")
+    elsewhere = os.fsdecode(b"sto\xe9")
+    for arguments, spelled in (
+        (project.arguments("validate"), "caf\\xe9"),
+        (plain.arguments("validate", "--set", f"validate.trigger={elsewhere}"), "sto\\xe9"),
+        (plain.arguments("validate", "--set", f"validate.dataset={elsewhere}"), "sto\\xe9"),
+        ([elsewhere, "--json"], "sto\\xe9"),
+    ):
+        ran = command(*arguments)
+        assert (ran.code, ran.error) == (2, "usage"), ran.stderr
+        assert spelled in ran.stderr
+
+
+def test_place_that_begins_in_a_folder_of_another_spelling_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = new_project(tmp_path / os.fsdecode(b"caf\xe9"))
+    monkeypatch.chdir(project.root)
+    ran = command("validate", "--config", project.config.name, "--json")
+    assert (ran.code, ran.error) == (2, "usage.path")
+    assert "caf\\xe9/cat.toml is not UTF-8" in ran.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLUX2_LORA_STORE", os.fsdecode(b"sto\xe9"))
+    ran = command("validate", "--config", str(new_project(tmp_path / "plain").config), "--json")
+    assert (ran.code, ran.error) == (2, "usage.path")
+
+
+@pytest.mark.parametrize("option", ["--store", "--runs", "--config", "--also"])
+@pytest.mark.parametrize(("path", "why"), [("", "it is empty"), ("d/" * 3000, "too long"), ("n" * 256, "too long")])
+def test_path_that_names_nothing_is_refused_before_anything_is_written(
+    project: Project, option: str, path: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.root)
+    before = sorted(project.root.rglob("*"))
+    ran = command("validate", "--json", "--config", str(project.config), option, path)
+    assert (ran.code, ran.error) == (2, "usage.path")
+    assert option in ran.stderr
+    assert why in ran.stderr
+    assert len(ran.stderr) < 500
+    assert sorted(project.root.rglob("*")) == before
+
+
+def test_results_among_the_pictures_are_refused_before_anything_is_written(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A second run would take the first one's store and previews for pictures and captions.
+    monkeypatch.chdir(project.pictures)
+    before = sorted(project.root.rglob("*"))
+    for arguments in (
+        ("run", ".", "--model", "flux2-micro"),
+        ("validate", "--config", "../cat.toml"),
+        ("validate", "--config", "../cat.toml", "--store", "../store"),
+        ("validate", "--config", "../cat.toml", "--set", "validate.dataset=.", "--store", "../s", "--runs", "../r"),
+    ):
+        ran = command(*arguments, "--json")
+        assert (ran.code, ran.error) == (2, "dataset.not_apart"), ran.stderr
+        assert "--store and --runs" in ran.stderr
+        assert sorted(project.root.rglob("*")) == before
+    ran = command("validate", "--config", "../cat.toml", "--store", "../store", "--runs", "../runs", "--json")
+    assert ran.code == 0, ran.stderr
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
@@ -145,6 +209,9 @@ def test_name_of_255_bytes_works_and_a_path_too_long_is_an_error(project: Projec
     assert project.make("validate", "encode-latents")["encode-latents"].counts["total"] == 5
     ran = project.run("validate", sets=(f"validate.dataset={'d/' * 3000}",))
     assert (ran.code, ran.error) == (2, "dataset.absent")
+    prior = ("train.preservation={kind='prior'}", f"validate.class_dataset={'d/' * 3000}")
+    ran = project.run("validate", sets=prior)
+    assert (ran.code, ran.error) == (2, "dataset.class_folder")
 
 
 PLANTED: dict[str, Callable[[Project], Path]] = {
