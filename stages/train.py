@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import msgspec
+from typing import TYPE_CHECKING, cast
 
 from schemas import results
 from schemas.errors import Damaged, Stale
 from schemas.manifest import Manifest
 from schemas.objective import Output
 from stages.contract.artifacts import Built, Plan, keyed, restore_file
-from stages.contract.digests import canonical_json, unknown
+from stages.contract.digests import unknown
 from stages.contract.job import Job
-from stages.contract.publish import write_file
 from stages.contract.runner import differences, upstream
 from stages.flux2.folder import require_trainable
 from stages.flux2.identity import model_of, quantization, transformer_digest
@@ -132,6 +129,7 @@ class Train:
         """Put the LoRA, its checkpoints, metrics and curves into the run folder. Raises Damaged."""
         from stages.training.checkpoints import public_checkpoints
         from stages.training.copies import know_together, restore_proved
+        from stages.training.note import write_note
 
         targets = {LORA: results.lora(job.run), EMA: results.ema(job.run)}
         for name, entry in manifest.files.items():
@@ -147,7 +145,7 @@ class Train:
             except Damaged as error:
                 # The training is complete without it; only resuming from there is lost.
                 job.warn(error.faults[0].line())
-        _note(job, manifest.params, manifest.inputs)
+        write_note(job.run_folder, manifest.params, manifest.inputs)
 
 
 def _announce(job: Job, plan: Plan, start: Checkpoint | None) -> None:
@@ -158,7 +156,7 @@ def _announce(job: Job, plan: Plan, start: Checkpoint | None) -> None:
     from stages.training.checkpoints import trajectory_of
     from stages.training.copies import copies_of_others
 
-    changes = _changes(job.run_folder / results.TRAJECTORY, plan)
+    changes = _changes(job, plan)
     if start is None and job.flags.resume_only:
         raise Stale(
             "train.new_trajectory",
@@ -177,25 +175,21 @@ def _announce(job: Job, plan: Plan, start: Checkpoint | None) -> None:
         job.say(f"LoRAs of an older training stay in the run folder unless this one replaces them: {others}")
 
 
-def _note(job: Job, params: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-    """Leave in the run folder what this training is made of: the next change is shown against it."""
-    from stages.training.checkpoints import trajectory_of
+def _changes(job: Job, plan: Plan) -> list[str]:
+    """Return what differs from the training begun before; its steps only where they make it another."""
+    from stages.training.checkpoints import timeless
+    from stages.training.note import read_note
 
-    path = job.run_folder / results.TRAJECTORY
-    note = {"trajectory": trajectory_of(params, inputs), "params": params, "inputs": inputs}
-    data = msgspec.json.format(canonical_json(note)) + b"\n"
-    if not path.is_file() or path.read_bytes() != data:
-        write_file(path, data)
-
-
-def _changes(path: Path, plan: Plan) -> list[str]:
     try:
-        before = msgspec.json.decode(path.read_bytes())
-        return [
-            line for line in differences(before["params"], before["inputs"], plan) if not line.startswith("steps:")
-        ]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        before = read_note(job.run_folder)
+    except Damaged:
+        # What was begun cannot be told; what begins now replaces it.
         return []
+    if before is None:
+        return []
+    continued = timeless(before.params) and timeless(plan.params)
+    lines = differences(before.params, before.inputs, plan)
+    return [line for line in lines if not (continued and line.startswith("steps:"))]
 
 
 def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
@@ -205,6 +199,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.training.checkpoints import STATE, trajectory_of
     from stages.training.control import Control
     from stages.training.loop import Loop
+    from stages.training.note import write_note
     from stages.training.preflight import preflight
     from stages.training.profile import profiling
     from stages.training.ranks import ranks
@@ -222,7 +217,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         trainer.load_state({name: to_mlx(each) for name, each in start.state().items()}, str(start.folder / STATE))
     _join(trainer, company)
     # Not before: settings that are refused are no training begun.
-    _note(job, plan.params, plan.inputs)
+    write_note(job.run_folder, plan.params, plan.inputs)
     steps_done = trainer.steps
     with (
         company.together(),

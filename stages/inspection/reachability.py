@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from schemas import results
 from schemas.errors import Damaged, Fault
 from schemas.manifest import Manifest
@@ -22,16 +20,13 @@ from stages.flux2.prequantized import PARTS, kind
 from stages.inspection.files import is_litter
 from stages.inspection.lineage import MAKERS
 from stages.training.checkpoints import FOLDER, trajectory_of
+from stages.training.note import read_note
 
 PINS = "pins"
 DAY_SECONDS = 86_400
 # What this program makes in a store and can make again. Anything else is somebody's, and stays.
 FRAGMENT_KINDS = ("latents", "embeddings", "previews")
 PACKED = tuple(kind(part) for part in PARTS)
-
-
-class _Note(msgspec.Struct):
-    trajectory: str
 
 
 @dataclass(frozen=True)
@@ -102,14 +97,14 @@ def _add_run(reach: Reach, store: Path, folder: Path) -> None:
             reach.weights |= _weights(manifest)
             if stage == "train":
                 reach.trajectories.add(trajectory_of(manifest.params, manifest.inputs))
-    note = folder / results.TRAJECTORY
-    if note.is_file():
-        try:
-            reach.trajectories.add(msgspec.json.decode(note.read_bytes(), type=_Note).trajectory)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            what = "a training's note that cannot be read: its checkpoints are not known"
-            fix = "run train again, or remove the file"
-            raise Damaged("gc.note", what, where=str(note), fix=fix) from error
+    try:
+        note = read_note(folder)
+    except Damaged as error:
+        what = "a training's note that cannot be read: its checkpoints are not known"
+        fix = "run train again, or remove the file"
+        raise Damaged("gc.note", what, where=error.faults[0].where, why=error.faults[0].why, fix=fix) from error
+    if note is not None:
+        reach.trajectories.add(note.trajectory)
 
 
 def _weights(manifest: Manifest) -> set[tuple[str, str, str]]:

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -31,17 +30,12 @@ from stages.training.checkpoints import (
     trajectory_of,
 )
 from stages.training.copies import copies_of_others
+from stages.training.note import read_note
 from stages.training.schedules import learning_rate
 
 # As training itself allows: a third step in a row that is not finite ends it.
 MOST_NOT_FINITE = 2
 COPIES = {LORA: results.lora, EMA: results.ema}
-
-
-class _Note(msgspec.Struct):
-    trajectory: str
-    params: dict[str, Any]
-    inputs: dict[str, str]
 
 
 def check_training(inspection: Inspection, chain: Chain) -> None:
@@ -68,20 +62,10 @@ def check_training(inspection: Inspection, chain: Chain) -> None:
 
 def _begun(inspection: Inspection) -> str:
     """Return the trajectory that training in this run folder began last; "" when that is not known."""
-    job = inspection.job
-    path = job.run_folder / results.TRAJECTORY
-    if not path.exists():
-        return ""
-    try:
-        note = msgspec.json.decode(path.read_bytes(), type=_Note)
-        sound = note.trajectory == trajectory_of(note.params, note.inputs)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, KeyError):
-        sound, note = False, None
-    if note is None or not sound:
-        what = "the note of what training began is not what was written"
-        inspection.error(Damaged, "trajectory.altered", what, path, job.remedy("train"))
-        return ""
-    return note.trajectory
+    note = None
+    with inspection.noting():
+        note = read_note(inspection.job.run_folder)
+    return "" if note is None else note.trajectory
 
 
 def _unfinished(inspection: Inspection, begun: str, finished: str) -> None:

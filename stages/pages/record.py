@@ -20,6 +20,7 @@ from stages.contract.artifacts import find, read_manifest, read_receipt
 from stages.contract.config import load_config
 from stages.training.checkpoints import list_checkpoints, trajectory_of
 from stages.training.control import who_trains
+from stages.training.note import read_note
 
 STAGES = ("validate", "encode-latents", "encode-text", "train", "preview")
 PIPELINE = "pipeline.toml"
@@ -78,11 +79,6 @@ class Record:
     def step(self) -> int:
         """The last step that metrics tell of."""
         return self.metrics[-1]["step"] if self.metrics else 0
-
-
-class _Note(msgspec.Struct):
-    params: dict[str, Any]
-    inputs: dict[str, str]
 
 
 def read_record(folder: Path, places: Places) -> Record:
@@ -173,22 +169,20 @@ def _artifacts(
 
 def _training(folder: Path, stores: Sequence[Path], train: Manifest | None, remarks: list[str]) -> Training | None:
     """Return the training begun last: that of the note, or, where there is none, the finished one."""
-    note = _Note(train.params, train.inputs) if train else None
+    begun = None
     try:
-        note = msgspec.json.decode((folder / results.TRAJECTORY).read_bytes(), type=_Note)
-        saved = list_checkpoints(stores, trajectory_of(note.params, note.inputs))
-    except FileNotFoundError:
-        saved = list_checkpoints(stores, trajectory_of(note.params, note.inputs)) if note else []
-    except (OSError, KeyError, msgspec.MsgspecError, UnicodeDecodeError):
+        begun = read_note(folder)
+    except Damaged:
         remarks.append(f"{results.TRAJECTORY} cannot be read.")
-        saved = []
-    if note is None:
+    last = begun or train
+    if last is None:
         return None
+    saved = list_checkpoints(stores, trajectory_of(last.params, last.inputs))
     return Training(
-        params=note.params,
-        inputs=note.inputs,
+        params=last.params,
+        inputs=last.inputs,
         saved={each.step: each.manifest.lora for each in saved if each.manifest.public},
-        finished=train is not None and (train.params, train.inputs) == (note.params, note.inputs),
+        finished=train is not None and (train.params, train.inputs) == (last.params, last.inputs),
         under_way=who_trains(folder) is not None,
     )
 

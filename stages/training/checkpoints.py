@@ -148,9 +148,13 @@ def trajectory_folder(store: Path, trajectory: str) -> Path:
 
 def trajectory_of(params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Return the key of all that affects a step: a train plan, its `steps` only where the schedule looks at them."""
-    timeless = not depends_on_total(msgspec.convert(params["schedule"], Schedule))
-    settings = {name: value for name, value in params.items() if not (timeless and name == "steps")}
+    settings = {name: value for name, value in params.items() if not (name == "steps" and timeless(params))}
     return digest_of("trajectory", {"version": VERSION, "settings": settings, "inputs": inputs})
+
+
+def timeless(params: Mapping[str, Any]) -> bool:
+    """Return whether a train plan's schedule is the same whatever its `steps`: more of them continue it."""
+    return not depends_on_total(msgspec.convert(params["schedule"], Schedule))
 
 
 def public_checkpoints(

@@ -138,6 +138,17 @@ def test_run_that_cannot_be_read_stops_everything(moved_on: Project, name: str, 
     assert listing(moved_on.store / "train") == before
 
 
+def test_note_of_another_training_than_it_lists_stops_everything(moved_on: Project) -> None:
+    """By the trajectory alone its checkpoints would be nobody's."""
+    note = moved_on.results / "trajectory.json"
+    before, data = listing(moved_on.store / "checkpoints"), note.read_bytes()
+    at = data.index(b'"trajectory": "') + len(b'"trajectory": "')
+    note.write_bytes(data[:at] + (b"0" if data[at : at + 1] != b"0" else b"1") + data[at + 1 :])
+    exit_code, result, _ = gc(moved_on, "--delete")
+    assert (exit_code, result["error"]["code"]) == (4, "gc.note")
+    assert listing(moved_on.store / "checkpoints") == before
+
+
 def test_packed_weights_stay_as_long_as_a_run_holds_its_model_so(project: Project) -> None:
     packed, plain = ("model.quantize=8bit",), ("model.quantize=none",)
     project.make("quantize", "train", sets=packed)

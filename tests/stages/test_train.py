@@ -194,6 +194,18 @@ def test_changed_setting_is_announced_and_starts_over(done: Project) -> None:
     assert "learning_rate: 0.001 -> 0.002" in done.run("train", "--force", sets=sets).stderr
 
 
+def test_more_steps_of_a_schedule_that_looks_at_them_are_another_training_and_say_so(project: Project) -> None:
+    cosine = ("train.schedule.kind=cosine", "train.steps=2")
+    project.make("train", sets=cosine)
+    more = (*cosine[:1], "train.steps=3")
+    refused = project.run("train", "--resume-only", sets=more)
+    assert (refused.code, refused.error) == (5, "train.new_trajectory")
+    assert refused.result["error"]["where"].endswith("steps: 2 -> 3")
+    ran = project.run("train", sets=more)
+    assert ran.counts == {"steps": 3, "resumed_from": 0}
+    assert "settings changed: a new trajectory, the old one keeps its checkpoints\n  steps: 2 -> 3\n" in ran.stderr
+
+
 def lose_the_artifact(project: Project) -> list[Path]:
     """Leave of a finished training only its checkpoints; return them, oldest first."""
     shutil.rmtree(project.store / "train")
