@@ -121,39 +121,57 @@ def _sweep(base: Path) -> None:
 
 @contextlib.contextmanager
 def no_resources(path: Path) -> Generator[None]:
-    """Turn a full disk, a missing permission or a failing device into an error with a remedy."""
+    """Turn a full disk, a missing permission, a limit or a failing device into an error with a remedy.
+
+    `path` is what is named where the error names nothing, or only a file of ours on its way there.
+    """
     try:
         yield
-    except PermissionError as error:
-        raise NoResources(
-            "disk.permission",
-            "cannot write",
-            where=str(error.filename or path),
-            fix="make the folder writable, or name another",
-        ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free_bytes = shutil.disk_usage(_existing(path)).free
-            raise NoResources(
+        found = _refusal(error, _meant(error, path))
+        if found is None:
+            raise
+        raise found from error
+
+
+def _meant(error: OSError, path: Path) -> Path:
+    """Return what could not be read or written: of a rename the target, and no name that only we know."""
+    for name in (error.filename2, error.filename):
+        named = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
+        if named is not None and TEMPORARY not in named.parts and named.suffix != TEMPORARY:
+            return named
+    return path
+
+
+def _refusal(error: OSError, where: Path) -> NoResources | None:
+    """Return what the system's answer means to a person; None for what is no matter of resources."""
+    why = error.strerror or str(error)
+    match error.errno:
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            unread = os.path.lexists(where) and not os.access(where, os.R_OK)
+            what, fix = (
+                ("cannot read", "make it readable") if unread else ("cannot write", "make the folder writable")
+            )
+            return NoResources("disk.permission", what, where=str(where), why=why, fix=f"{fix}, or name another")
+        case errno.ENOSPC | errno.EDQUOT:
+            return NoResources(
                 "disk.full",
                 "the disk is full",
-                where=str(path),
-                why=f"{free_bytes / 1e6:.0f} MB free",
+                where=str(where),
+                why=f"{shutil.disk_usage(_existing(where)).free / 1e6:.0f} MB free",
                 fix="free some space and run the same command again; finished work is kept",
-            ) from error
-        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
-            raise NoResources(
-                "disk.in_the_way",
-                "cannot write there",
-                where=str(error.filename or path),
-                why=error.strerror or "",
-                fix="move away what is there, or name another folder",
-            ) from error
-        if error.errno in (errno.EIO, errno.EROFS, errno.EXDEV):
-            raise NoResources(
-                "disk.failed", "the disk failed", where=str(path), why=str(error), fix="check it, then run again"
-            ) from error
-        raise
+            )
+        case errno.ENOTDIR | errno.EISDIR | errno.ELOOP | errno.ENAMETOOLONG | errno.ENXIO:
+            fix = "move away what is there, or name another folder"
+            return NoResources("disk.in_the_way", "cannot write there", where=str(where), why=why, fix=fix)
+        case errno.EFBIG | errno.EMFILE | errno.ENFILE:
+            fix = "raise the limit (ulimit -a lists them), or name a place on another file system"
+            return NoResources("disk.limit", "the system sets a limit", where=str(where), why=why, fix=fix)
+        case errno.EIO | errno.EXDEV:
+            fix = "check it, then run again"
+            return NoResources("disk.failed", "the disk failed", where=str(where), why=str(error), fix=fix)
+        case _:
+            return None
 
 
 def publish_folder(work: Path, target: Path) -> None:

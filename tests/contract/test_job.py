@@ -36,6 +36,6 @@ def test_store_and_runs_may_be_links_to_another_disk(tmp_path: Path) -> None:
 def test_place_where_no_folder_can_be_made_is_refused_with_a_remedy(tmp_path: Path, place: str) -> None:
     job = replace(toy_job(tmp_path), **{place: Path("/proc/x")})
     with pytest.raises(
-        NoResources, match=r"cannot write \(/proc/x\)\. fix: make the folder writable, or name another"
+        NoResources, match=r"cannot write \(/proc/x\): .*\. fix: make the folder writable, or name another"
     ):
         run_toy(job)
