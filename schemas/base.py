@@ -8,6 +8,10 @@ from typing import ClassVar
 
 import msgspec
 
+# What decoding JSON that anybody may have written raises: msgspec's own error, but others where text is no UTF-8 and
+# where lists lie in lists without end.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 
 class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen struct that refuses unknown fields and positional arguments.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Damaged, Fault, NoResources
 from stages.flux2.folder import ModelFiles
 from stages.flux2.variants import VARIANTS, TransformerConfig
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from stages.lora.layer import Factors
     from stages.stores.tensors import TensorFile
 
+# Of what a file says about itself: one entry, and one line for a person. This project writes 64 KiB in all.
+MOST_SAID_CHARACTERS = 64 << 10
+MOST_SHOWN_CHARACTERS = 300
 # What the settings in the metadata are shown by.
 SHOWN = ("steps", "learning_rate", "rank", "alpha", "batch_size", "seed")
 
@@ -67,7 +71,8 @@ def judge(path: Path, model: ModelFiles | None) -> Judged:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     spelled = spelling(shapes, file.metadata)
     configs = {model.variant.name: model.variant.transformer} if model else _shapes_known()
-    fitting, refused = _fitting(file, configs)
+    says = {name: text for name, text in file.metadata.items() if len(name) + len(text) <= MOST_SAID_CHARACTERS}
+    fitting, refused = _fitting(file, configs, str(path))
     found = Judged(
         Judgement(
             producer=spelled.producer,
@@ -79,12 +84,14 @@ def judge(path: Path, model: ModelFiles | None) -> Judged:
             bytes=path.stat().st_size,
             sha256=file.sha256,
             tensor_digest=tensor_digest(file.tensors),
-            tensor_digest_said=file.metadata.get(TENSOR_DIGEST),
-            says=file.metadata,
+            tensor_digest_said=says.get(TENSOR_DIGEST),
+            says=says,
             fits=list(fitting),
             readers=readers(spelled),
         )
     )
+    if long := len(file.metadata) - len(says):
+        found.not_checked.append(f"{long} entries of its metadata, of more than {MOST_SAID_CHARACTERS} characters")
     _look(found, path, fitting, refused)
     if model is None:
         found.not_checked.append("what it does to a model (--model, or --config)")
@@ -103,13 +110,13 @@ def _shapes_known() -> dict[str, TransformerConfig]:
 
 
 def _fitting(
-    file: TensorFile, configs: Mapping[str, TransformerConfig]
+    file: TensorFile, configs: Mapping[str, TransformerConfig], where: str
 ) -> tuple[dict[str, Factors], dict[str, Damaged]]:
     """Return by model the factors of the file as that model reads it, or what is wrong."""
     from stages.lora.formats.read import read
     from stages.stores.tensors import to_mlx
 
-    tensors = {name: to_mlx(tensor) for name, tensor in file.tensors.items()}
+    tensors = {name: to_mlx(tensor, where=where) for name, tensor in file.tensors.items()}
     fitting: dict[str, Factors] = {}
     refused: dict[str, Damaged] = {}
     for name, config in configs.items():
@@ -131,7 +138,7 @@ def _look(found: Judged, path: Path, fitting: Mapping[str, Factors], refused: Ma
                 code="lora.digest",
                 what="the tensors are not those whose digest the file carries",
                 where=str(path),
-                why=f"expected {about.tensor_digest_said}, found {about.tensor_digest}",
+                why=f"expected {_short(about.tensor_digest_said)}, found {about.tensor_digest}",
                 fix="take the file from where it was made",
             )
         )
@@ -161,7 +168,7 @@ def _try_on(found: Judged, path: Path, model: ModelFiles, factors: Factors) -> N
     try:
         if said not in (None, transformer_digest(model)):
             base = found.about.says.get("base_model", "unknown")
-            what = f"it was trained on other weights than those of {model.source}: {base}"
+            what = f"it was trained on other weights than those of {model.source}: {_short(base)}"
             found.hints.append(
                 Fault(code="lora.other_base", what=what, fix="base and distilled siblings share LoRAs")
             )
@@ -197,14 +204,20 @@ def page(path: Path, found: Judged) -> list[str]:
     if about.velocity is not None:
         rows.append(("does", f"moves the velocity of a fixed latent by {about.velocity:.2%}"))
     rows += [(name, f"{verdict}{f': {why}' if why else ''}") for name, (verdict, why) in about.readers.items()]
+    rows.append(("left out", "; ".join(found.not_checked)))
     width = max(len(name) for name, _ in rows)
-    return [f"{path.name}, by {about.producer}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
+    lines = [f"{path.name}, by {about.producer}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
+    return [_short(line) for line in lines]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN_CHARACTERS else f"{text[:MOST_SHOWN_CHARACTERS]}..."
 
 
 def _training(says: Mapping[str, str]) -> str:
     try:
         config: dict[str, Any] = msgspec.json.decode(says["config"], type=dict[str, Any])
-    except (KeyError, msgspec.MsgspecError):
+    except (KeyError, *UNREADABLE):
         return ""
     shown = [f"{name.replace('_', ' ')} {config[name]}" for name in SHOWN if name in config]
     optimizer = config.get("optimizer")

@@ -52,7 +52,7 @@ def init_lora_factors(job: Job, digest: str | None, config: TransformerConfig) -
     if _digest(file) != digest:
         what = "the LoRA to train on from changed while this stage ran"
         raise Stale("train.init_lora_changed", what, where=str(path), fix="run the same command again")
-    tensors = {name: to_mlx(tensor) for name, tensor in file.tensors.items()}
+    tensors = {name: to_mlx(tensor, where=str(path)) for name, tensor in file.tensors.items()}
     return read(tensors, file.metadata, config, str(path))
 
 

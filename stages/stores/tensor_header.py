@@ -147,7 +147,7 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
             path,
             why=f"expected one of {', '.join(DTYPES)}, found {str(dtype)[:40]}",
         )
-    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or _endless(shape):
         damaged("shape", f"tensor {name} has an impossible shape", path, why=f"found {str(shape)[:80]}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         damaged("offsets", f"tensor {name} has impossible offsets", path, why=f"found {str(offsets)[:80]}")
@@ -165,6 +165,11 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
 def _naturals(value: Any) -> bool:
     # Not isinstance: true and false are ints to it.
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 62 for number in value)
+
+
+def _endless(shape: list[int]) -> bool:
+    """Whether a tensor without numbers has dimensions that nothing can hold: its length does not give them away."""
+    return 0 in shape and math.prod(size for size in shape if size) >= 1 << 31
 
 
 def damaged(

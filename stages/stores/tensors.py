@@ -190,14 +190,18 @@ def list_digest(rows: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     return digest_of("tensors", sorted(rows))
 
 
-def to_mlx(tensor: Tensor, dtype: mx.Dtype | None = None) -> mx.array:
-    """Return an evaluated MLX copy, cast to `dtype` if given. Raises `Damaged` for types MLX would alter."""
+def to_mlx(tensor: Tensor, dtype: mx.Dtype | None = None, *, where: str = "") -> mx.array:
+    """Return an evaluated MLX copy, cast to `dtype` if given.
+
+    Raises `Damaged`, naming the file `where`, for types MLX would alter.
+    """
     import mlx.core as mx
 
     if tensor.dtype not in MLX_DTYPES:
         raise Damaged(
             "tensors.dtype",
             f"tensors of type {tensor.dtype} cannot be loaded",
+            where=where,
             why=f"expected one of {', '.join(MLX_DTYPES)}",
             fix="convert the file to bfloat16",
         )

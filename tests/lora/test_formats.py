@@ -129,6 +129,10 @@ def test_a_linear_named_twice_is_refused() -> None:
         "[]",
         "{}",
         '{"transformer.r": 0, "transformer.lora_alpha": 1}',
+        '{"transformer.r": 4, "transformer.lora_alpha": NaN}',
+        '{"transformer.r": 4, "transformer.lora_alpha": 1e999}',
+        pytest.param(f'{{"transformer.r": 1, "transformer.lora_alpha": {"9" * 999}}}', id="more than a float holds"),
+        pytest.param("[" * 100_000, id="deep"),
         '{"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.rank_pattern": {"to_q": 8}}',
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -106,3 +107,16 @@ def test_who_wrote_a_file_is_told_by_what_it_says_or_how_it_spells(
     key: str, metadata: dict[str, str], producer: str
 ) -> None:
     assert spelling(dict.fromkeys(pair(key), (4, 4)), metadata).producer == producer
+
+
+def test_half_without_dimensions_and_file_without_tensors_are_no_more_than_that() -> None:
+    scalar = spelling({f"diffusion_model.{QKV}{AB[0]}": ()}, {})
+    assert scalar.ranks == {}
+    assert readers(scalar)["mflux"][0] == LOADS
+    assert {verdict for verdict, _ in readers(spelling({}, {})).values()} == {"not known"}
+
+
+def test_long_names_take_no_time() -> None:
+    started = time.perf_counter()
+    spelling({f"{'a' * 500}{number}": (1,) for number in range(2000)}, {})
+    assert time.perf_counter() - started < 1

@@ -47,6 +47,7 @@ def test_own_lora_says_all_about_itself(project: Project) -> None:
     assert {verdict for verdict, _ in about["readers"].values()} == {"loads"}
     assert about["velocity"] is None
     assert "learning rate 0.001" in page
+    assert "what it does to a model" in page
     assert "ComfyUI" in page
     assert len(page.splitlines()) < 20
 
@@ -91,6 +92,33 @@ def test_what_is_wrong_with_a_file_is_found_without_its_model(
     found = [finding["code"] for finding in result.get("findings", [])]
     assert (exit_code, code in found) == (4, True)
     assert f"error[{code}]" in errors
+
+
+def saying(path: Path, **metadata: str) -> None:
+    file = load(path)
+    path.unlink()
+    save(path, file.tensors, {**file.metadata, **metadata})
+
+
+def test_what_a_file_says_of_itself_is_shown_in_part_and_never_believed(project: Project) -> None:
+    long, deep = "x" * (1 << 20), "[" * 100_000
+    harm = {"comment": long, "step": "9" * 60_000, "config": f'{{"steps":{deep}', "lora_adapter_metadata": deep}
+    saying(project.lora, **harm)
+    code, result, page = judged(project.lora)
+    assert (code, [finding["code"] for finding in result["findings"]]) == (4, ["lora.metadata"])
+    assert "comment" not in result["about"]["says"]
+    assert "lora_adapter_metadata" not in result["about"]["says"]
+    assert any("3 entries of its metadata" in each for each in result["about"]["not_checked"])
+    assert max(map(len, page.splitlines())) < 500
+    saying(project.lora, lora_adapter_metadata="{}", software="flux2-lora \x1b[31m", step="\n\x1b[2J")
+    assert "\x1b" not in judged(project.lora)[2]
+
+
+def test_type_that_cannot_be_loaded_is_refused_by_the_file_s_name(project: Project) -> None:
+    changed(project.lora, lambda all_: {k: Tensor("F64", t.data.astype(np.float64)) for k, t in all_.items()})
+    code, result, _ = judged(project.lora)
+    assert (code, result["error"]["code"]) == (4, "tensors.dtype")
+    assert result["error"]["where"].startswith(f"{project.lora}: ")
 
 
 def test_lora_of_another_model_is_refused_and_one_of_other_weights_is_told(own_model: Project) -> None:

@@ -237,6 +237,7 @@ LIES = {
     "float shape": (head(ONE.replace("[2,2]", "[2.0,2]") + "}"), "header"),
     "nan shape": (head(ONE.replace("[2,2]", "[NaN,2]") + "}"), "header"),
     "overflowing shape": (head({"a": entry(shape=(2**33, 2**33))}), "length"),
+    "overflowing shape of nothing": (head({"a": entry(shape=(0, 2**61), offsets=(0, 0))}, body=0), "shape"),
     "negative shape": (head({"a": entry(shape=(-2, -2))}), "shape"),
     "70 dimensions": (head({"a": entry(shape=(1,) * 70)}), "shape"),
     "overlap": (head({"a": entry(), "b": entry()}), "overlap"),

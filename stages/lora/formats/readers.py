@@ -20,6 +20,8 @@ DIFFUSERS = re.compile(
     r"(transformer_blocks|single_transformer_blocks|x_embedder|context_embedder|proj_out|norm_out|time_guidance_embed)[._]"
 )
 INSIDE = re.compile(r"(double|single|transformer)_blocks[._]")
+# Searched, not matched from the front by a lazy rest, which takes the square of a long name's length.
+SUFFIX = re.compile(r"(lora_|lokr_|dora_|alpha\Z|diff).*")
 QKV_A = re.compile(r"(img|txt)_attn[._]qkv\.lora_(A|down)\.weight")
 
 Verdict = Literal["loads", "loads in part", "shows another picture", "loads nothing", "refuses it", "not known"]
@@ -95,14 +97,16 @@ def spelling(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str])
         prefixes.add(prefix)
         rest = key.removeprefix(prefix)
         names.add("diffusers" if DIFFUSERS.match(rest) else "bfl" if BFL.match(rest) else "other")
-        suffixes.add(re.sub(r".*?\.?((lora_|lokr_|dora_|alpha\Z|diff).*)\Z", r"\1", rest))
-    ranks = {key: shape[0] for key, shape in shapes.items() if key.endswith((".lora_A.weight", ".lora_down.weight"))}
+        suffix = SUFFIX.search(rest)
+        suffixes.add(suffix[0] if suffix else rest)
+    halves = {key: shape for key, shape in shapes.items() if key.endswith((".lora_A.weight", ".lora_down.weight"))}
+    ranks = {key: shape[0] for key, shape in halves.items() if shape}
     return Spelling(frozenset(prefixes), frozenset(names), frozenset(suffixes), tuple(shapes), ranks, metadata)
 
 
 def readers(file: Spelling) -> dict[str, tuple[Verdict, str]]:
     """Return for each program what it makes of the file, and why; "" where it simply loads."""
-    if "other" in file.names or len(file.prefixes) > 1:
+    if "other" in file.names or len(file.prefixes) != 1:
         return dict.fromkeys(READERS, ("not known", "names of several kinds, or of no FLUX.2 linear"))
     return {name: rule(file) for name, rule in READERS.items()}
 

@@ -23,7 +23,9 @@ def adapter_scale(metadata: Mapping[str, str], where: str, fix: str) -> float:
         rank = fields["transformer.r"]
         scale = fields["transformer.lora_alpha"] / (math.sqrt(rank) if fields.get("transformer.use_rslora") else rank)
         plain = not (fields.get("transformer.alpha_pattern") or fields.get("transformer.rank_pattern"))
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+        if not math.isfinite(scale):
+            raise ValueError(f"a scale of {scale}")
+    except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
         raise Damaged(
             "lora.metadata", f"{ADAPTER_METADATA} is unreadable", where=where, why=repr(error), fix=fix
         ) from error
