@@ -230,8 +230,9 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         recorder = Recorder(job, plan, trainer, bar, instruments, company.named(backend.name))
         recorder.begin(start)
         hears = (recorder.line, recorder.checkpoint, recorder.measures)
-        seed, warn = job.config.run.seed, job.warn
-        Loop(trainer, data, settings, seed, *hears, control=control, warn=warn, profile=profile).run()
+        places = {"control": control, "warn": job.warn, "profile": profile}
+        history = start.metrics() if start is not None else ()
+        Loop(trainer, data, settings, job.config.run.seed, *hears, **places, history=history).run()
     # The loop ends with a checkpoint of its last step.
     return cast("Checkpoint", recorder.last)
 

@@ -7,12 +7,12 @@ and a validation loss that collapses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from schemas.errors import Diverged
+from schemas.errors import GIVEN, Diverged
 from schemas.validation import Validation
 from stages.lora.layer import Factors, learnt
 
@@ -22,17 +22,24 @@ MOST_NOT_FINITE = 3
 INITIAL_STEPS = 10
 # In the lines of these steps: the loss that a model has which answers nothing.
 SILENT = "silent_loss"
+DEEP = f"look at the records: flux2-lora verify {GIVEN} --deep"
+NO_PROGRESS_FIX = "raise train.learning_rate, or look at the losses in metrics.jsonl"
 
 Line = dict[str, float]
 
 
 class Guards:
-    """Watches a training that starts with `factors`; `warn` takes a line for the person."""
+    """Watches a training that starts with `factors`; `warn` takes a line for the person.
 
-    def __init__(self, factors: Factors, warn: Callable[[str], None]) -> None:
+    `history` are the lines of the steps before, as a checkpoint holds them.
+    """
+
+    def __init__(
+        self, factors: Factors, warn: Callable[[str], None], history: Sequence[Mapping[str, float | None]] = ()
+    ) -> None:
         self._warn = warn
         self._initial: list[Line] = []
-        self._not_finite = 0
+        self._not_finite = _not_finite_at_the_end(history)
         self._moved = False
         self._print = fingerprint(factors)
 
@@ -47,11 +54,14 @@ class Guards:
         self._moved |= finite and line["learning_rate"] > 0
         self._not_finite = 0 if finite else self._not_finite + 1
         if self._not_finite >= MOST_NOT_FINITE:
+            fix = "lower train.learning_rate and run again; the checkpoints before are whole"
+            if self._not_finite == line["step"]:
+                fix = f"no step was finite, so a lower rate cannot help: get the model's files anew, and {DEEP}"
             raise Diverged(
                 "train.not_finite",
                 f"loss or gradient was not finite in {MOST_NOT_FINITE} steps in a row, last step {line['step']}",
                 why=f"loss {line['loss']}, gradient norm {line['grad_norm']}",
-                fix="lower train.learning_rate and run again; the checkpoints before are whole",
+                fix=fix,
             )
 
     def _begun(self) -> None:
@@ -89,11 +99,26 @@ class Guards:
         if not self._moved:
             return
         before, self._print, self._moved = self._print, fingerprint(factors), False
-        fix = "raise train.learning_rate, or look at the losses in metrics.jsonl"
-        if not learnt(factors):
-            raise Diverged("train.no_progress", "nothing was learnt: every up-matrix is still zero", fix=fix)
+        require_learnt(factors)
         if before == self._print:
-            raise Diverged("train.no_progress", "nothing was learnt since the last checkpoint", fix=fix)
+            raise Diverged("train.no_progress", "nothing was learnt since the last checkpoint", fix=NO_PROGRESS_FIX)
+
+
+def require_learnt(factors: Factors) -> None:
+    """Raise Diverged when the adapters do nothing."""
+    if not learnt(factors):
+        what = "nothing was learnt: every up-matrix is still zero"
+        raise Diverged("train.no_progress", what, fix=NO_PROGRESS_FIX)
+
+
+def _not_finite_at_the_end(history: Sequence[Mapping[str, float | None]]) -> int:
+    """Return in how many steps in a row up to now loss or gradient was not finite: a file says None of them.
+
+    A step that found no memory was not taken, and says a rate of 0.
+    """
+    taken = [line for line in history if "loss" in line and line["learning_rate"] != 0.0]
+    whole = (line["loss"] is not None and line["grad_norm"] is not None for line in reversed(taken))
+    return next((count for count, finite in enumerate(whole) if finite), len(taken))
 
 
 class Collapse:

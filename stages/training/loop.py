@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -64,7 +64,8 @@ class Loop:
     """A training under way. `on_line` hears every metrics line, `on_checkpoint` (step, public) when one is due.
 
     `at_once(step)` says whether a step's line is to be heard before the next step is taken. `control` is where
-    requests come from between steps; `warn` takes a line for the person. A step that finds no memory changes nothing
+    requests come from between steps; `warn` takes a line for the person. `history` are the lines of the steps before
+    the trainer's, as its checkpoint has them. A step that finds no memory changes nothing
     but still counts: the steps after it draw what they would have drawn.
     """
 
@@ -78,6 +79,7 @@ class Loop:
     control: Control | None = None
     warn: Callable[[str], None] = _unheard
     profile: Profile = field(default_factory=Profile)
+    history: Sequence[Mapping[str, float | None]] = ()
 
     def run(self) -> None:
         """Train from the trainer's step to `settings.steps`.
@@ -88,7 +90,7 @@ class Loop:
         """
         order = self.data.order(self.settings, self.seed)
         start, stop = self.trainer.steps, self.settings.steps
-        self._guards = Guards(self.trainer.factors, self.warn)
+        self._guards = Guards(self.trainer.factors, self.warn, self.history)
         self._late: tuple[int, StepResult, dict[str, mx.array]] | None = None
         self._saved = (start, True)
         self._unsaved = self._starved = 0

@@ -34,7 +34,7 @@ from stages.training.checkpoints import (
     trajectory_of,
     write_checkpoint,
 )
-from stages.training.guards import Collapse
+from stages.training.guards import Collapse, require_learnt
 from stages.training.loop import Line
 from stages.training.objective import TRAINING_GUIDANCE
 from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
@@ -123,8 +123,13 @@ class Recorder:
             self._shown = False
 
     def checkpoint(self, step: int, public: bool) -> None:  # noqa: FBT001
-        """Publish the state; a public one also gives its LoRA file and pictures."""
+        """Publish the state; a public one also gives its LoRA file and pictures.
+
+        Raises Diverged for a finished LoRA that does nothing, whatever the reason that no step changed it.
+        """
         settings = self._job.config.train
+        if step == settings.steps:
+            require_learnt(self._trainer.factors)
         average = self._trainer.ema_factors
         history = self._history(step)
         snapshot = Snapshot(

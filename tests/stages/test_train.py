@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from safetensors import safe_open
 
 from schemas.errors import Damaged
-from stages.stores.tensors import load, tensor_digest
+from stages.stores.tensors import Tensor, load, save, tensor_digest
 from stages.training.loop import Line
 from stages.training.previews import Painter
 from tests.stages.project import Project, contents, edit, flip, stop_after, truncate
@@ -320,6 +321,28 @@ def test_training_that_learns_nothing_ends_in_an_error(project: Project) -> None
     ran = project.run("train", sets=("train.learning_rate=1e-60", "train.steps=1"))
     assert (ran.code, ran.error) == (8, "train.no_progress")
     assert not project.lora.exists()
+
+
+def test_training_without_a_finite_step_ends_in_an_error_however_often_it_is_run(own_model: Project) -> None:
+    """Steps in a row are counted across a stop: else each run would take two more, and the last succeed."""
+    path = own_model.root / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    file = load(path)
+    path.unlink()
+    name = "x_embedder.weight"
+    nan = Tensor(file.tensors[name].dtype, np.full_like(file.tensors[name].data, 0x7FC0))
+    save(path, {**file.tensors, name: nan}, file.metadata)
+    sets = ("preview.during_training=false",)
+    for _ in range(2):
+        ran = own_model.run("train", sets=sets)
+        assert (ran.code, ran.error) == (8, "train.not_finite")
+        assert "last step 3" in ran.result["error"]["what"]
+        assert "a lower rate cannot help" in ran.result["error"]["fix"]
+        assert ran.result["error"]["fix"].endswith(f" --runs {own_model.root / 'runs'} --deep")
+    assert steps_saved(own_model) == [2]
+    # Too few for three in a row.
+    ran = own_model.run("train", "--force", sets=(*sets, "train.steps=2"))
+    assert (ran.code, ran.error) == (8, "train.no_progress")
+    assert not own_model.lora.exists()
 
 
 def test_distilled_model_is_refused_unless_allowed(own_model: Project) -> None:

@@ -41,6 +41,18 @@ def test_only_the_third_undefined_step_in_a_row_ends_a_training() -> None:
     assert code(ended) == "train.not_finite"
 
 
+def test_undefined_steps_before_a_stop_count_and_those_left_out_do_not() -> None:
+    def line(step: int, loss: float | None, rate: float = RATE) -> dict[str, float | None]:
+        return {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": loss}
+
+    start: dict[str, float | None] = {"step": 0, "validation_loss": 1.0}
+    history = [start, line(1, None), line(2, 1.0), line(3, None), line(4, None, 0.0), line(5, None)]
+    with pytest.raises(Diverged, match="last step 6"):
+        seen(Guards(factors(1.0, 0.0), print, history), 6, finite=False)
+    seen(Guards(factors(1.0, 0.0), print, history[:-1]), 6, finite=False)
+    seen(Guards(factors(1.0, 0.0), print, history[:2]), 2, finite=False)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_state_that_is_not_finite_is_not_saved(value: float) -> None:
     trainer = corpus.trainer(Train(rank=2))
