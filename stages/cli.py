@@ -25,6 +25,7 @@ from schemas.manifest import Result, ResultError, in_order
 from schemas.version import VERSION
 from stages.console import messages
 from stages.console.invocation import PATH, SHARED, job_of, option, place_options, repeated
+from stages.console.streams import silence, steady
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.publish import no_resources
@@ -238,7 +239,9 @@ def fail(arguments: Sequence[str], error: StageError, started: float) -> int:
             error=ResultError(code=first.code, what=first.what, where=where, fix=first.fix),
             findings=faults if name in ("validate", "verify") else msgspec.UNSET,
         )
-        messages.result(msgspec.json.encode(result))
+        # Who takes no result has been told in words.
+        with contextlib.suppress(StageError, BrokenPipeError):
+            messages.result(msgspec.json.encode(result))
     return 128 + error.signal_number if isinstance(error, Stopped) else error.exit_code
 
 
@@ -299,7 +302,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         _require_text(arguments)
         # Not `COMMAND.main`: it ends the process with 1 when the reader of its output leaves.
-        with COMMAND.make_context("flux2-lora", list(arguments) or ["--help"]) as context:
+        with no_resources(Path()), COMMAND.make_context("flux2-lora", list(arguments) or ["--help"]) as context:
             return COMMAND.invoke(context) or 0
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -312,14 +315,13 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # Python would complain again when it flushes at exit.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence(sys.stdout)
         return 128 + signal.SIGPIPE
 
 
 def main() -> None:
     """Be the `flux2-lora` program."""
+    steady()
     sys.excepthook = _bug
     # Who lets everybody write has not thought of it: what anyone can change, nobody could believe.
     if (mask := os.umask(0o022)) & stat.S_IWOTH:

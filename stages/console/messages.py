@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from schemas.errors import Fault, printable
 from schemas.events import VARIABLE, Said
+from stages.console.streams import silence
+from stages.contract.publish import no_resources
 
 PREFIX = {"info": "", "warning": "warning: ", "error": ""}
 # Where stderr is no terminal there is no width to fit into.
@@ -46,9 +49,14 @@ def faults(listed: Sequence[Fault]) -> None:
 
 
 def result(data: bytes) -> None:
-    """Print the result, one JSON object, as a line on stdout."""
-    sys.stdout.buffer.write(data + b"\n")
-    sys.stdout.buffer.flush()
+    """Print the result, one JSON object, as a line on stdout. Raises NoResources, BrokenPipeError."""
+    with no_resources(Path("/dev/stdout")):
+        try:
+            sys.stdout.buffer.write(data + b"\n")
+            sys.stdout.buffer.flush()
+        except OSError:
+            silence(sys.stdout)
+            raise
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

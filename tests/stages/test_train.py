@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -115,6 +116,28 @@ def test_warm_up_longer_than_the_training_is_said_and_trained(project: Project) 
     ran = project.run("train", sets=("train.steps=1", "train.schedule.warmup_steps=4"))
     assert (ran.code, ran.stderr.count("warning")) == (0, 1)
     assert "warmup_steps is 4: the rate ends at 25 %" in ran.stderr
+
+
+def test_stop_is_saved_though_nobody_hears_of_it_any_more(project: Project) -> None:
+    """Ctrl-C ends the `tee` of `train 2>&1 | tee log` as well, and a terminal that is closed takes no line."""
+    settings = ("train.steps=1000", "train.checkpoint_every=1000")
+    command = project.arguments("train", *(part for each in settings for part in ("--set", each)))
+    environment = {**os.environ, "FLUX2_LORA_EVENTS": "1"}
+    line = [sys.executable, "-m", "stages", *command]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stderr is not None
+        for told in process.stderr:
+            if msgspec.json.decode(told).get("done", 0) >= 2:
+                break
+        process.stderr.close()
+        # Some lines are lost before it is asked to stop.
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        [said] = process.stdout.read().splitlines()
+    assert (process.returncode, msgspec.json.decode(said)["error"]["code"]) == (130, "run.stopped")
+    [step] = steps_saved(project)
+    assert step > 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
