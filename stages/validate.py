@@ -31,7 +31,7 @@ class Validate:
     """Reads a folder of pictures and captions; its roles are what the encoders and training read of them."""
 
     name = "validate"
-    version = 1
+    version = 2
 
     def plan(self, job: Job) -> Plan:
         """Key the settings, the text length that buckets prefer, and every file's path and content."""

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 # Raise this when the same plan would give other pixels: it is part of every item id and latent key.
 PLAN_VERSION = 1
+# The same for pictures that lie over a background, as only theirs changed.
+LAID_VERSION = 2
 # Raise this when `inspect` would say something else of the same bytes: what it said is remembered.
-INSPECTION_VERSION = 1
+INSPECTION_VERSION = 2
 # Raise this when the same mask would give other cells.
-COVERAGE_VERSION = 1
+COVERAGE_VERSION = 2
 MAX_FILE_BYTES = 512 << 20
 
 # Everything Pillow's three decoders raise on damaged data; a fuzz test holds the list.
@@ -58,6 +60,7 @@ PROFILED_MODES = ("L", "RGB", "CMYK")
 SIXTEEN_BITS = ("I", "I;16", "I;16B")
 # Any marker but padding, stuffed zeros, restarts and starts; FF D9 is the end of the picture.
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+PNG_DEPTH_AT = 24
 PNG_END = b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
 
 
@@ -77,7 +80,8 @@ def plan(crop: tuple[int, int, int, int], bucket: tuple[int, int], background: s
 
     `background` is the colour under a transparent picture, "" for an opaque one.
     """
-    return {"version": PLAN_VERSION, "crop": list(crop), "bucket": list(bucket), "background": background}
+    version = LAID_VERSION if background else PLAN_VERSION
+    return {"version": version, "crop": list(crop), "bucket": list(bucket), "background": background}
 
 
 def inspect(data: bytes, where: str, max_megapixels: float, *, glance: bool = False) -> Inspected:
@@ -192,7 +196,7 @@ def _open(data: bytes, where: str) -> ImageFile:
 
     match data[:4]:
         case b"\x89PNG":
-            return PngImageFile(io.BytesIO(data))
+            return _keyed_in_levels(PngImageFile(io.BytesIO(data)), data[PNG_DEPTH_AT])
         case b"RIFF" if data[8:12] == b"WEBP":
             try:
                 return WebPImageFile(io.BytesIO(data))
@@ -205,6 +209,19 @@ def _open(data: bytes, where: str) -> ImageFile:
         case _:
             why = f"expected JPEG, PNG or WebP, found a file that starts with {data[:16]!r}"
             raise _rejected("picture.not_an_image", "the file is not a picture", where, why)
+
+
+def _keyed_in_levels(picture: ImageFile, depth: int) -> ImageFile:
+    """Say the one transparent colour of a PNG in levels of its pixels: Pillow leaves it in those of the file."""
+    match picture.info.get("transparency"):
+        case int(grey) if picture.mode == "L" and depth < 8:
+            most = 2**depth - 1
+            picture.info["transparency"] = (grey & most) * 255 // most
+        case (red, green, blue) if picture.mode == "RGB" and depth == 16:
+            picture.info["transparency"] = (red >> 8, green >> 8, blue >> 8)
+        case _:
+            pass
+    return picture
 
 
 def _is_whole(data: bytes, format_name: str) -> bool:
@@ -329,7 +346,7 @@ def _notes(picture: Picture, where: str) -> list[str]:
     if _orientation(picture) not in range(1, 9):
         notes.append("has an EXIF orientation outside 1..8, taken as upright")
     profile = picture.info.get("icc_profile")
-    mode = picture.mode if picture.mode in PROFILED_MODES else "RGB"
+    mode = "L" if picture.mode in SIXTEEN_BITS else picture.mode if picture.mode in PROFILED_MODES else "RGB"
     if profile and _to_srgb(mode, profile) is None:
         notes.append("has a colour profile that cannot be applied, taken as sRGB")
     if picture.mode == "CMYK" and not profile:

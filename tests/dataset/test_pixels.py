@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import struct
 import time
 import zlib
 from pathlib import Path
@@ -234,6 +235,20 @@ def test_one_transparent_colour_without_alpha_channel_is_transparent(tmp_path: P
         assert levels(data, "#0000ff").tolist() == [[[0, 0, 255], list(kept)]]
 
 
+@pytest.mark.parametrize(("depth", "kind"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_transparent_colour_is_found_at_every_depth_of_a_png(tmp_path: Path, depth: int, kind: int) -> None:
+    most = 2**depth - 1
+    hidden_samples = [most * 2 // 3 | 1, most // 5, most // 7][: 1 if kind == 0 else 3]
+    kept_samples = [0] * len(hidden_samples)
+    pixels_of = [hidden_samples] * 32 + [kept_samples] * 32
+    bits = "".join(f"{each:0{depth}b}" for pixel in pixels_of for each in pixel)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8)
+    data = raw_png(64, 32, depth, kind, row * 32, (b"tRNS", struct.pack(f">{len(hidden_samples)}H", *hidden_samples)))
+    assert look(tmp_path, data).transparent
+    assert levels(data, "#0000ff")[0, [0, 31]].tolist() == [[0, 0, 255]] * 2
+    assert levels(data, "#0000ff")[0, [32, 63]].tolist() == [[0, 0, 0]] * 2
+
+
 def test_half_transparent_pixels_are_mixed_with_the_background() -> None:
     half = Image.new("RGBA", (96, 64), (255, 0, 0, 128))
     assert np.abs(levels(encoded(half, "PNG"), "#0000ff")[0, 0].astype(int) - (128, 0, 127)).max() <= 1
@@ -248,6 +263,16 @@ def test_cmyk_is_converted_upright_in_tone_and_refused_without_its_marker(tmp_pa
     assert code(tmp_path, data[:start] + data[start + 2 + length :]) == "picture.cmyk"
 
 
+def test_ycck_is_upright_in_tone_and_colour() -> None:
+    cyan, magenta, yellow, black = scene().convert("CMYK").split()
+    luma = Image.merge("RGB", (cyan, magenta, yellow)).convert("YCbCr").split()
+    # Pillow writes CMYK inverted, as Adobe does; the file then says that its first three channels are YCbCr.
+    planes = [*(each.point(lambda value: 255 - value) for each in luma), black]
+    data = bytearray(encoded(Image.merge("CMYK", planes), "JPEG", quality=98, subsampling=0))
+    data[data.index(b"Adobe") + 11] = 2
+    assert np.abs(levels(bytes(data)).astype(int) - np.asarray(scene())).max() <= 4
+
+
 def test_colour_profile_is_applied(tmp_path: Path) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.abs(levels(encoded(scene(), "PNG", icc_profile=srgb)).astype(int) - np.asarray(scene())).max() <= 1
@@ -256,6 +281,13 @@ def test_colour_profile_is_applied(tmp_path: Path) -> None:
     data = encoded(scene(), "PNG", icc_profile=swapped)
     assert look(tmp_path, data).notes == ()
     assert np.abs(levels(data).astype(int) - np.asarray(scene())[..., [1, 0, 2]]).max() <= 1
+
+
+def test_sixteen_bit_grey_takes_a_grey_profile_and_no_other(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 96 * 64).reshape(64, 96).astype(np.uint16)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    notes = look(tmp_path, encoded(Image.fromarray(values), "PNG", icc_profile=srgb)).notes
+    assert "colour profile that cannot be applied" in notes[0]
 
 
 def test_profile_that_cannot_be_applied_is_noted_and_the_picture_kept(tmp_path: Path) -> None:
