@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import BadConfig
+from schemas.errors import BadConfig, RejectedInput
 from schemas.manifest import Manifest
 from schemas.objective import Output
 from stages.contract.artifacts import Built, Plan, holder, keyed
@@ -141,7 +141,7 @@ class EncodeText:
         encoder = load_text_encoder(model, prepare().compute_dtype, plan.params["quantize"])
         texts = {_embedding_key(plan, text): text for _, _, text in _wanted(plan, _captions(validated))}
         for key in (each for each in keys if each in texts):
-            yield key, _embedding(job, encoder, tokenizer.encode(texts[key]))
+            yield key, _embedding(job, encoder, texts[key], tokenizer.encode(texts[key]))
 
 
 def _counts(total: int, encoded: int) -> dict[str, int]:
@@ -236,20 +236,27 @@ def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[s
                 tokens = tokenizer.encode(text)
                 if tokens.count == model.variant.text_encoder.length:
                     job.warn(f"cut to {tokens.count} tokens: {text[:60]}...")
-                records.append((keys[text], tokens.count, _embedding(job, encoder, tokens)))
+                records.append((keys[text], tokens.count, _embedding(job, encoder, text, tokens)))
                 bar.advance(1)
             rows = write_embeddings(job.store, records, job.config.encode_text.dtype)
             written |= {row.embedding_key: row for row in rows}
     return written
 
 
-def _embedding(job: Job, encoder: Any, tokens: TokenIds) -> np.ndarray:
-    """Return the embedding [L, J] of one text as it is stored."""
+def _embedding(job: Job, encoder: Any, text: str, tokens: TokenIds) -> np.ndarray:
+    """Return the embedding [L, J] of one text as it is stored. Raises RejectedInput when it is not finite."""
     import mlx.core as mx
 
     from stages.stores.tensors import from_mlx
 
     states = encoder(mx.array([tokens.ids]), mx.array([tokens.count]))[0]
+    if not mx.isfinite(states).all().item():
+        raise RejectedInput(
+            "embeddings.not_finite",
+            "the embedding is not finite",
+            where=f"text {text[:60]!r}",
+            fix="check the text encoder's file, or change that text",
+        )
     return from_mlx(states.astype(mx.bfloat16 if job.config.encode_text.dtype == "bfloat16" else mx.float32)).data
 
 

@@ -159,15 +159,7 @@ class TrainingData:
     def _latent(self, sample: Sample) -> np.ndarray:
         item_id = self._visits[sample.visit].item_id
         row = self._latents[item_id, sample.flip]
-        latent = widened(self._latent_reader.read(row), row.dtype)
-        if not np.isfinite(latent).all():
-            raise Damaged(
-                "latents.not_finite",
-                "a stored latent is not finite",
-                where=f"item {item_id}",
-                fix=f"flux2-lora encode-latents {GIVEN} --force",
-            )
-        return latent
+        return _finite(widened(self._latent_reader.read(row), row.dtype), "latent", f"item {item_id}")
 
     def _mask(self, sample: Sample) -> np.ndarray:
         """Return the mask [1, h, w] float32: ones where a picture has none."""
@@ -176,16 +168,26 @@ class TrainingData:
         return np.ones((1, *self._shapes[item_id]), np.float32) if row is None else self._latent_reader.read(row)
 
     def _text(self, sample: Sample) -> np.ndarray:
-        row = self._empty if sample.dropped else self._texts[self._caption(sample)]
-        return widened(self._embedding_reader.read(row), row.dtype)
+        return self._embedding(self._empty if sample.dropped else self._texts[self._caption(sample)])
 
     def _class_text(self, sample: Sample) -> np.ndarray:
-        row = self._classes[self._caption(sample)]
-        return widened(self._embedding_reader.read(row), row.dtype)
+        return self._embedding(self._classes[self._caption(sample)])
+
+    def _embedding(self, row: EmbeddingRow) -> np.ndarray:
+        where = f"{row.fragment}, record {row.embedding_key}"
+        return _finite(widened(self._embedding_reader.read(row), row.dtype), "embedding", where)
 
     def _caption(self, sample: Sample) -> str:
         captions = self._visits[sample.visit].captions
         return captions[int(sample.caption * len(captions))]
+
+
+def _finite(record: np.ndarray, kind: str, where: str) -> np.ndarray:
+    if not np.isfinite(record).all():
+        stage = {"latent": "encode-latents", "embedding": "encode-text"}[kind]
+        what, fix = f"a stored {kind} is not finite", f"flux2-lora {stage} {GIVEN} --force"
+        raise Damaged(f"{kind}s.not_finite", what, where=where, fix=fix)
+    return record
 
 
 def pictures(items: Sequence[Mapping[str, Any]], draws: Mapping[str, Draw]) -> list[Picture]:

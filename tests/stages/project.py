@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from stages.cli import run
+from stages.stores.tensors import Tensor, load, save
 from stages.training.loop import Line
 from stages.training.recorder import Recorder
 
@@ -188,6 +189,15 @@ def flip(path: Path, at: float = 0.5) -> None:
 def truncate(path: Path) -> None:
     """Cut the last byte off a file."""
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def undefined(path: Path, name: str) -> None:
+    """Write a model's file again with one of its tensors, a bfloat16 or a float32, all NaN."""
+    file = load(path)
+    path.unlink()
+    before = file.tensors[name]
+    nan = np.full_like(before.data, 0x7FC0 if before.dtype == "BF16" else np.nan)
+    save(path, {**file.tensors, name: Tensor(before.dtype, nan)}, file.metadata)
 
 
 def stop_after(step: int, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:

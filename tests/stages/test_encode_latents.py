@@ -14,7 +14,7 @@ from schemas.tables import LATENT_INDEX
 from stages.console.progress import Progress
 from stages.flux2.variants import MICRO
 from stages.stores.tensors import Tensor, load, save
-from tests.stages.project import Project, draw, edit, listing, new_project, rows, truncate
+from tests.stages.project import Project, draw, edit, listing, new_project, rows, truncate, undefined
 
 
 def test_index_leads_to_arrays_that_zarr_itself_reads(finished: Project) -> None:
@@ -126,6 +126,15 @@ def test_hub_model_that_is_not_here_is_fetched_by_command(own_model: Project) ->
     ran = own_model.run("encode-latents")
     assert (ran.code, ran.error) == (7, "model.absent")
     assert ran.result["error"]["fix"] == "flux2-lora fetch black-forest-labs/FLUX.2-klein-base-4B"
+
+
+def test_latent_that_is_not_finite_is_refused_and_not_stored(own_model: Project) -> None:
+    undefined(own_model.root / "model" / "vae" / "diffusion_pytorch_model.safetensors", "encoder.conv_in.weight")
+    before = listing(own_model.store / "fragments")
+    ran = own_model.run("encode-latents")
+    assert (ran.code, ran.error) == (3, "latents.not_finite")
+    assert Path(ran.result["error"]["where"]).parent == own_model.pictures
+    assert listing(own_model.store / "fragments") == before
 
 
 def test_damaged_autoencoder_is_refused(own_model: Project) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from schemas.tables import EMBEDDING_INDEX
 from stages.flux2.variants import MICRO
-from tests.stages.project import Project, rows, truncate
+from tests.stages.project import Project, listing, rows, truncate, undefined
 
 
 def test_index_has_captions_the_empty_text_and_prompts(finished: Project) -> None:
@@ -85,6 +85,15 @@ def test_caption_longer_than_the_model_reads_is_cut_with_a_warning(project: Proj
     (project.pictures / "ada.txt").write_text("word " * 400)
     ran = project.make("validate", "encode-text")["encode-text"]
     assert f"cut to {MICRO.text_encoder.length} tokens: zorb word word" in ran.stderr
+
+
+def test_embedding_that_is_not_finite_is_refused_and_not_stored(own_model: Project) -> None:
+    undefined(own_model.root / "model" / "text_encoder" / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
+    before = listing(own_model.store / "fragments")
+    ran = own_model.run("encode-text")
+    assert (ran.code, ran.error) == (3, "embeddings.not_finite")
+    assert ran.result["error"]["where"].startswith("text '")
+    assert listing(own_model.store / "fragments") == before
 
 
 def test_damaged_text_encoder_is_refused(own_model: Project) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from schemas.errors import Damaged
 from stages.dataset.draws import Draw
+from stages.stores.embeddings import write_embeddings
 from stages.stores.latents import write_latents
 from stages.stores.tensors import from_mlx
 from stages.training.data import Sample, TrainingData, ahead, widened
@@ -70,6 +71,19 @@ def test_undefined_latent_is_refused_by_the_name_of_its_item(tmp_path: Path, val
     first.update({name: getattr(row, name) for name in ("latent_key", "fragment", "row", "sha256")})
     with pytest.raises(Damaged, match="item-a"):
         corpus.data(tmp_path, tables).read([Sample("item-a", flip=False, dropped=False)])
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_undefined_embedding_is_refused_by_its_key(tmp_path: Path, *, dropped: bool) -> None:
+    tables = corpus.write(tmp_path)
+    wrong = corpus.embedding("item-a")
+    wrong[0, 0] = np.nan
+    [row] = write_embeddings(tmp_path, [(corpus.key("wrong"), corpus.LENGTH, wrong)], "float32")
+    name = corpus.EMPTY if dropped else "item-a"
+    [first] = [each for each in tables.embeddings if each["caption_id"] == name]
+    first.update({name: getattr(row, name) for name in ("embedding_key", "fragment", "row", "sha256")})
+    with pytest.raises(Damaged, match=rf"embeddings\.not_finite.*{corpus.key('wrong')}.*encode-text"):
+        corpus.data(tmp_path, tables).read([Sample("item-a", flip=False, dropped=dropped)])
 
 
 def test_bfloat16_bits_widen_to_the_very_numbers() -> None:
