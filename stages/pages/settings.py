@@ -29,7 +29,7 @@ TABLES: dict[str, type[Strict]] = {
     "train": Train,
     "preview": Preview,
 }
-REQUIRED: dict[str, dict[str, Any]] = {"validate": {"dataset": ""}}
+REQUIRED: dict[str, dict[str, Any]] = {"validate": {"dataset": "."}}
 # What the stage worked out itself, or took from the model.
 WORKED_OUT = {
     "validate": ("plan_version", "text_length"),
