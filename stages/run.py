@@ -37,6 +37,7 @@ from stages.contract.job import Job, require_apart
 from stages.contract.publish import write_file
 from stages.contract.runner import STAGES
 from stages.flux2.variants import VARIANTS
+from stages.training.interruption import heard
 
 PIPELINE = "pipeline.toml"
 SUFFIX = ".safetensors"
@@ -191,7 +192,7 @@ def _run_process(command: Sequence[str], hear: Callable[[str], None]) -> tuple[i
         subprocess.Popen(
             command, stdout=output, stderr=subprocess.PIPE, env=environment, text=True, start_new_session=True
         ) as process,
-        _forwarded(process),
+        forwarded(process),
     ):
         for line in process.stderr or ():
             hear(line)
@@ -201,13 +202,10 @@ def _run_process(command: Sequence[str], hear: Callable[[str], None]) -> tuple[i
 
 
 @contextlib.contextmanager
-def _forwarded(process: subprocess.Popen[str]) -> Generator[None]:
+def forwarded(process: subprocess.Popen[Any]) -> Generator[None]:
     """Let the stage handle the signals that this process gets; a closed terminal stops it like SIGTERM."""
-    sent = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
-    before = {
-        number: signal.signal(number, lambda got, _: process.send_signal(sent[signal.Signals(got)]))
-        for number in sent
-    }
+    sent = heard()
+    before = {number: signal.signal(number, lambda got, _: process.send_signal(sent[got])) for number in sent}
     try:
         yield
     finally:

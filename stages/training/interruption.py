@@ -13,6 +13,12 @@ SIGNALS = {
 }
 
 
+def heard() -> dict[int, int]:
+    """Return what each signal to stop stands for, but a SIGHUP that is ignored, as nohup has it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return {number: meant for number, meant in SIGNALS.items() if number != signal.SIGHUP or not ignored}
+
+
 class Interruption:
     """While entered, `signal_number` becomes what the first signal stands for; the next acts as if nothing were here.
 
@@ -26,11 +32,9 @@ class Interruption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
-        heard = [
-            number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
-        ]
-        handlers = dict.fromkeys(heard, signal.SIG_DFL) | {signal.SIGINT: signal.SIG_IGN} if self._follows else {}
-        self._before = {number: signal.signal(number, handlers.get(number, self._remember)) for number in heard}
+        numbers = heard()
+        handlers = dict.fromkeys(numbers, signal.SIG_DFL) | {signal.SIGINT: signal.SIG_IGN} if self._follows else {}
+        self._before = {number: signal.signal(number, handlers.get(number, self._remember)) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

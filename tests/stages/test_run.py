@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from stages.run import forwarded
 from tests.stages.project import Project, Ran, command, listing, new_project
 
 STAGES = ("validate", "encode-latents", "encode-text", "train", "preview", "verify")
@@ -88,3 +91,18 @@ def test_pipeline_that_somebody_edited_is_not_overwritten(project: Project) -> N
     refused = run(project)
     assert (refused.code, refused.error) == (2, "run.edited")
     assert path.read_text() == edited
+
+
+def test_closed_terminal_stops_the_stage_unless_nohup_ignores_it() -> None:
+    for ignored, code in ((False, -signal.SIGTERM), (True, -signal.SIGKILL)):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        try:
+            with subprocess.Popen(["sleep", "60"]) as process:
+                with forwarded(process):
+                    signal.raise_signal(signal.SIGHUP)
+                if ignored:
+                    assert process.poll() is None
+                    process.kill()
+                assert process.wait() == code
+        finally:
+            signal.signal(signal.SIGHUP, before)
