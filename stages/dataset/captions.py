@@ -19,7 +19,7 @@ from pathlib import Path
 
 from schemas.errors import Fault, RejectedInput
 from stages.dataset.discover import MASK_ENDING, TABLES, Discovery, stem_of
-from stages.dataset.metadata import decode_line, read_rows
+from stages.dataset.metadata import MAX_LINE_BYTES, decode_line, read_rows
 
 MAX_CAPTION_BYTES = 64 << 10
 MOST_CAPTIONS = 256
@@ -111,8 +111,7 @@ def tidy(text: str, where: str) -> str:
     """Return caption text with LF line ends and stripped ends. Raises RejectedInput: too long, or not text."""
     size_bytes = len(text.encode())
     if size_bytes > MAX_CAPTION_BYTES:
-        why = f"expected at most {MAX_CAPTION_BYTES} bytes, found {size_bytes}"
-        raise _rejected("caption.too_long", "the caption is too long", where, why)
+        raise _too_long(where, f"expected at most {MAX_CAPTION_BYTES} bytes, found {size_bytes}")
     if "\0" in text:
         why = f"at character {text.index(chr(0))}"
         raise _rejected("caption.nul", "the caption holds a NUL character", where, why)
@@ -147,14 +146,19 @@ def _read_sidecars(
 def _sidecar_source(folder: Path, sidecar: str) -> _Source | None:
     """Return the sidecar's text, or None for JSON that holds no caption (other tools leave such files)."""
     try:
+        # What other tools write beside a picture is larger than a caption.
+        is_json = sidecar.lower().endswith(".json")
+        most_bytes = MAX_LINE_BYTES if is_json else MAX_CAPTION_BYTES
         with (folder / sidecar).open("rb") as file:
-            data = file.read(MAX_CAPTION_BYTES + len(codecs.BOM_UTF8) + 1)
-        if not sidecar.lower().endswith(".json"):
+            data = file.read(most_bytes + len(codecs.BOM_UTF8) + 1)
+        if len(data) > most_bytes + len(codecs.BOM_UTF8):
+            raise _too_long(sidecar, f"expected at most {most_bytes} bytes")
+        if not is_json:
             return _Source(sidecar, (decode_text(data, sidecar),))
         fields = decode_line(data.removeprefix(codecs.BOM_UTF8), sidecar).captions()
         if len(fields) > 1:
-            why = f"found {', '.join(fields)}"
-            raise _rejected("caption.ambiguous", "expected one of text, caption, prompt", sidecar, why)
+            what, why = "expected one of text, caption, prompt", f"found {', '.join(fields)}"
+            raise RejectedInput("caption.ambiguous", what, where=sidecar, why=why, fix="keep one of them")
         return _source(sidecar, next(iter(fields.values()))) if fields else None
     except RejectedInput as error:
         return _Source(sidecar, error.faults[0])
@@ -250,6 +254,11 @@ def _unknown_fault(where: str, file_name: str) -> Fault:
         why=f"file_name is {file_name!r}",
         fix="correct file_name (relative to the table's folder), or remove the row",
     )
+
+
+def _too_long(where: str, why: str) -> RejectedInput:
+    fix = "shorten it, or move it out of the dataset"
+    return RejectedInput("caption.too_long", "the caption is too long", where=where, why=why, fix=fix)
 
 
 def _rejected(code: str, what: str, where: str, why: str) -> RejectedInput:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import Fault, RejectedInput
 from stages.dataset.reading import texts_of
 
@@ -76,7 +77,7 @@ def decode_line(data: bytes, where: str) -> Line:
     """Decode one JSON object. Raises RejectedInput when it is not one, or not UTF-8."""
     try:
         return msgspec.json.decode(data, type=Line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise RejectedInput(
             "table.not_json",
             "not a JSON object with text fields",
@@ -109,21 +110,21 @@ def _csv_rows(data: bytes, where: str) -> Iterator[Row | Fault]:
         yield _fault(where, "caption.not_utf8", "the table is not UTF-8", f"byte {error.start} cannot be decoded")
         return
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: Sequence[str] | None = None
     try:
-        for cells in reader:
+        filled = filter(None, reader)
+        header = next(filled, [])
+        if (fault := _header_fault(f"{where} line {max(reader.line_num, 1)}", header)) is not None:
+            yield fault
+            return
+        for cells in filled:
             here = f"{where} line {reader.line_num}"
-            if header is None:
-                header = cells
-                if PICTURE_COLUMN not in header or not set(CAPTION_COLUMNS) & set(header):
-                    yield _header_fault(where, header)
-                    return
-            elif len(cells) != len(header):
-                yield _fault(here, "table.columns", "wrong number of columns", f"{len(header)}, found {len(cells)}")
-            else:
-                named = dict(zip(header, cells, strict=True))
-                present = {column: (named[column],) for column in CAPTION_COLUMNS if column in named}
-                yield _row(here, named[PICTURE_COLUMN], present)
+            if len(cells) != len(header):
+                why = f"expected {len(header)}, found {len(cells)}"
+                yield _fault(here, "table.columns", "wrong number of columns", why)
+                continue
+            named = dict(zip(header, cells, strict=True))
+            present = {column: (named[column],) for column in CAPTION_COLUMNS if column in named}
+            yield _row(here, named[PICTURE_COLUMN], present)
     except csv.Error as error:
         yield _fault(f"{where} line {reader.line_num}", "table.not_csv", "not valid CSV", str(error))
 
@@ -147,9 +148,14 @@ def _row(where: str, file_name: str | None, captions: Mapping[str, tuple[str, ..
     return Row(where, file_name, next(iter(captions.values())))
 
 
-def _header_fault(where: str, header: Sequence[str]) -> Fault:
-    expected = f"expected {PICTURE_COLUMN} and one of {', '.join(CAPTION_COLUMNS)}"
-    return _fault(f"{where} line 1", "table.columns", "columns are missing", f"{expected}, found {', '.join(header)}")
+def _header_fault(where: str, header: Sequence[str]) -> Fault | None:
+    why = f"found {', '.join(header) or 'none'}"
+    if PICTURE_COLUMN not in header or not set(CAPTION_COLUMNS) & set(header):
+        why = f"expected {PICTURE_COLUMN} and one of {', '.join(CAPTION_COLUMNS)}, {why}"
+        return _fault(where, "table.columns", "columns are missing", why)
+    if any(header.count(name) > 1 for name in (PICTURE_COLUMN, *CAPTION_COLUMNS)):
+        return _fault(where, "table.columns", "a column comes twice", why)
+    return None
 
 
 def _fault(where: str, code: str, what: str, why: str, fix: str = "correct the table, or remove it") -> Fault:

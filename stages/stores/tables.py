@@ -108,6 +108,8 @@ def read_texts(data: bytes, columns: Sequence[str]) -> list[dict[str, str]]:
         if file.metadata.num_rows > MOST_ROWS:
             raise _rejected("too_long", "the table has too many rows", f"at most {MOST_ROWS}")
         schema = file.schema_arrow
+        if twice := [name for name in columns if schema.names.count(name) > 1]:
+            raise _rejected("columns", "a column comes twice", ", ".join(twice))
         texts = [name for name in columns if name in schema.names and _is_text(schema.field(name).type)]
         for batch in file.iter_batches(TEXT_BATCH_ROWS, columns=texts, use_threads=False):
             if (size := size + batch.nbytes) > MOST_TEXT_BYTES:

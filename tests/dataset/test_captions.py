@@ -17,6 +17,7 @@ from stages.dataset.captions import (
     with_trigger,
 )
 from stages.dataset.discover import discover
+from stages.dataset.metadata import MAX_LINE_BYTES
 from tests.dataset.corpus import write
 
 
@@ -90,10 +91,23 @@ def test_sidecar_spelled_in_another_normal_form_still_belongs_to_its_picture(tmp
     assert list(read(tmp_path).texts.values()) == [("x",)]
 
 
-def test_json_of_another_tool_beside_a_caption_is_left_alone(tmp_path: Path) -> None:
-    write(tmp_path, {"a.png": "", "a.txt": "x", "a.json": '{"camera": 3}'})
+@pytest.mark.parametrize("length", [1, MAX_CAPTION_BYTES, MAX_LINE_BYTES - 100])
+def test_json_of_another_tool_beside_a_caption_is_left_alone(tmp_path: Path, length: int) -> None:
+    write(tmp_path, {"a.png": "", "a.txt": "x", "a.json": f'{{"workflow": "{"x" * length}"}}'})
     captions = read(tmp_path)
     assert (captions.texts, captions.faults) == ({"a.png": ("x",)}, [])
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "猫"])
+@pytest.mark.parametrize(("name", "most_bytes"), [("a.txt", MAX_CAPTION_BYTES), ("a.json", MAX_LINE_BYTES)])
+def test_file_beyond_the_limit_is_called_too_long_whatever_its_letters(
+    tmp_path: Path, name: str, most_bytes: int, letter: str
+) -> None:
+    write(tmp_path, {"a.png": "", name: '{"text": "' + letter * (most_bytes // len(letter.encode()) + 5)})
+    (fault,) = read(tmp_path).faults
+    assert (fault.code, fault.where) == ("caption.too_long", name)
+    assert str(most_bytes) in fault.why
+    assert "shorten" in fault.fix
 
 
 def test_stray_caption_is_a_warning(tmp_path: Path) -> None:

@@ -58,6 +58,23 @@ def test_csv_without_the_columns_says_which_it_wants(tmp_path: Path) -> None:
     assert fault.why == "expected file_name and one of text, caption, prompt, found image, label"
 
 
+@pytest.mark.parametrize("data", [b"", b"\n\n"])
+def test_empty_csv_is_a_fault(tmp_path: Path, data: bytes) -> None:
+    assert fault_of(tmp_path, "metadata.csv", data).what == "columns are missing"
+
+
+def test_blank_lines_of_a_csv_are_no_rows(tmp_path: Path) -> None:
+    found = rows(tmp_path, "metadata.csv", b"\r\nfile_name,text\r\n\r\na.png,x\r\n\r\n")
+    assert found == [Row("metadata.csv line 4", "a.png", ("x",))]
+
+
+@pytest.mark.parametrize("header", [b"file_name,text,text", b"file_name,text,file_name"])
+def test_column_that_comes_twice_is_refused_as_nobody_could_say_which_counts(tmp_path: Path, header: bytes) -> None:
+    fault = fault_of(tmp_path, "metadata.csv", header + b"\na.png,x,y\n")
+    assert (fault.code, fault.where) == ("table.columns", "metadata.csv line 1")
+    assert fault.what == "a column comes twice"
+
+
 def test_csv_row_of_another_length_is_a_fault(tmp_path: Path) -> None:
     found = rows(tmp_path, "metadata.csv", b"file_name,text\na.png\nb.png,x\n")
     assert isinstance(found[0], Fault)

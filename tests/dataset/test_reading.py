@@ -39,6 +39,18 @@ def test_what_is_no_table_is_a_fault(data: bytes) -> None:
     assert (found.code, bool(found.fix)) == ("table.unreadable", True)
 
 
+def test_column_that_comes_twice_is_a_fault() -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    columns = [pa.array([text]) for text in ("a.png", "a cat", "a dog")]
+    parquet.write_table(pa.Table.from_arrays(columns, ["file_name", "text", "text"]), buffer)
+    found = texts_of(buffer.getvalue(), COLUMNS)
+    assert isinstance(found, Fault)
+    assert (found.code, found.what, found.why) == ("table.columns", "a column comes twice", "text")
+
+
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no memory limit")
 def test_cell_of_a_gigabyte_in_a_small_file_does_not_fill_memory() -> None:
