@@ -300,7 +300,7 @@ def _require_unmoved(stage: Stage, job: Job, key: str) -> None:
 
 def _locks(stage: Stage, job: Job, key: str) -> ExitStack:
     """Take the run's lock for this stage (busy is an error), then the artifact's (shared work is waited for)."""
-    run = digest_of("run-folder", str(job.run_folder.absolute()))[:16]
+    run = digest_of("run-folder", str(job.run_folder.resolve()))[:16]
     folder = job.store / ".locks"
     with ExitStack() as taken:
         taken.enter_context(hold(folder / f"{stage.name}-{run}.lock", wait=job.flags.wait, waiting=job.say))

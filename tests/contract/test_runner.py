@@ -275,6 +275,17 @@ def test_second_process_of_a_run_is_busy_and_told_who_works(tmp_path: Path) -> N
     assert not run_toy(toy_job(tmp_path)).built
 
 
+def test_run_is_busy_by_whatever_path_it_is_named(tmp_path: Path) -> None:
+    worker = building(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    try:
+        for runs in (tmp_path / "link", tmp_path / "store" / ".." / "runs"):
+            with pytest.raises(Busy, match=f"pid {worker.pid}"):
+                run_toy(replace(toy_job(tmp_path, "blip"), runs=runs))
+    finally:
+        worker.communicate("go on\n")
+
+
 def test_waiting_process_finds_the_work_done(tmp_path: Path) -> None:
     worker = building(tmp_path)
     same, other = process(tmp_path, "cat", wait="yes"), process(tmp_path, "dog")
