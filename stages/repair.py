@@ -16,6 +16,7 @@ from typing import Any
 import click
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Fault, Stale
 from schemas.manifest import Result, ResultError
 from stages.console import messages
@@ -48,7 +49,7 @@ def errors_found(job: Job, source: str | None) -> list[Fault]:
         raise BadConfig("usage", f"findings are read from stdin, not from {source}", fix="say -, or leave it out")
     try:
         found = msgspec.json.decode(sys.stdin.buffer.read(), type=Result)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         fix = "flux2-lora verify --config X --json | flux2-lora repair --config X -"
         raise BadConfig(
             "repair.findings", "stdin is not what verify --json prints", why=str(error), fix=fix

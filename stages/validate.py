@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Damaged, Fault, RejectedInput, Stale
 from schemas.manifest import Manifest
 from schemas.validate import MaskSource
@@ -132,7 +133,7 @@ class Validate:
         path = folder / REPORT
         try:
             return msgspec.json.decode(path.read_bytes(), type=_Report).findings
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, *UNREADABLE) as error:
             fix = "run validate again; if that does not help, with --force"
             raise Damaged(
                 "report.unreadable", "cannot read the report", where=str(path), why=str(error), fix=fix

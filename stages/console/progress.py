@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import printable
 from schemas.events import VARIABLE, Event, Reached, Said
 
@@ -300,7 +301,7 @@ class ChainDisplay:
         """Take one line of a stage's stderr."""
         try:
             event = msgspec.json.decode(text, type=Event)
-        except (msgspec.DecodeError, UnicodeEncodeError):
+        except (UnicodeEncodeError, *UNREADABLE):
             event = Said(level="info", text=text.rstrip("\r\n"))
         match event:
             case Reached():

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import Damaged, Stale
 from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
 from stages.contract.digests import StatCache, canonical_json, digest_of, read_proved, sha256_bytes, sha256_file
@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise Damaged(
             "manifest.unreadable", "no readable manifest", where=str(path), why=str(error), fix=fix
         ) from error
@@ -200,7 +200,7 @@ def read_receipt(run_folder: Path, stage: str) -> Receipt | None:
     """Return the run's receipt for `stage`; None when absent or unreadable (it is only a pointer)."""
     try:
         return msgspec.json.decode((run_folder / f"{stage}.json").read_bytes(), type=Receipt)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
 
 

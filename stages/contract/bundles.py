@@ -15,7 +15,7 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import Damaged
 from schemas.manifest import FileRecord, Manifest
 from stages.contract.artifacts import MANIFEST, read_manifest
@@ -91,7 +91,7 @@ def parse(data: bytes, path: Path) -> Bundle:
     """Return what a list says, its names being those of a bundle. Raises Damaged."""
     try:
         bundle = msgspec.json.decode(data, type=Bundle)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _damaged("bundle.list", f"{LIST} is not a bundle's", path, str(error)) from error
     if canonical_json(bundle) != data or list(bundle.files) != sorted(bundle.files):
         raise _damaged("bundle.list", f"{LIST} is not as it is written here", path)

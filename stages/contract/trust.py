@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import Damaged, Untrusted
 from schemas.manifest import FileRecord, Manifest
 from stages.contract.artifacts import MANIFEST, read_manifest
@@ -155,7 +155,7 @@ def _vouched(store: Path, name: str, sha256: str, allowed: Path | None) -> str:
                 return signer(data, signature, allowed, PURPOSE)
         except Untrusted as error:
             reason = error.faults[0].why
-        except (Damaged, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except (Damaged, *UNREADABLE):
             reason = "a signature is missing or damaged"
     raise Untrusted(
         "trust.unsigned",

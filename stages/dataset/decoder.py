@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import Fault, NoResources, RejectedInput
 from schemas.validate import MaskSource
 from stages.dataset.decoding import (
@@ -245,7 +246,7 @@ class _Child:
         except _Late:
             self.end()
             raise
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise self._ended() from error
 
     def _await_ready(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import Fault, NoResources, RejectedInput
 from stages.dataset.decoder import child_command, child_environment
 from stages.dataset.decoding import confine
@@ -47,7 +47,7 @@ def texts_of(data: bytes, columns: Sequence[str]) -> list[dict[str, str]] | Faul
         ) from error
     except subprocess.TimeoutExpired:
         return _fault("table.too_slow", "reading the table takes too long", f"stopped after {SECONDS} s")
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return _fault("table.crash", "the table ends whoever reads it", f"exit code {done.returncode}")
     return read.rows if read.fault is None else read.fault
 

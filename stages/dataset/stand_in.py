@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import BadConfig, Damaged, Stale
 from stages.contract.digests import StatCache, digest_of
 from stages.dataset.discover import LISTING_VERSION, listing, state
@@ -87,6 +87,6 @@ def _read(folder: Path, *, masks: bool) -> StandIn:
     try:
         with path.open("rb") as file:
             return msgspec.json.decode(file.read(MOST_BYTES), type=StandIn)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, *UNREADABLE) as error:
         fix = "unpack the bundle again"
         raise Damaged("dataset.stand_in", "cannot read it", where=str(path), why=str(error), fix=fix) from error

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn, TypeVar, assert_never
 import msgspec
 from msgspec import Meta
 
+from schemas.base import UNREADABLE
 from schemas.errors import Damaged
 from stages.flux2.variants import VARIANTS, AutoencoderConfig, TextEncoderConfig, TransformerConfig, Variant
 
@@ -114,7 +115,7 @@ def read_json(path: Path, kind: type[Decoded]) -> Decoded:
         _damaged("config", "not a model's configuration", path, why=f"more than {MAX_JSON_BYTES} bytes")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         _damaged("config", "not the JSON that a FLUX.2 model has here", path, why=str(error))
 
 

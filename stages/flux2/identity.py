@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from schemas import results
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, NoResources
 from schemas.run import Model
 from stages.contract.digests import canonical_json, unknown
@@ -99,7 +100,7 @@ def _note_commit(job: Job, commit: str) -> None:
     note = {"source": spec.source, "revision": spec.revision, "commit": commit}
     try:
         before = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         before = {}
     if before == note:
         return

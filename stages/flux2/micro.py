@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import Damaged
 from stages.contract.digests import sha256_file
 from stages.flux2.micro_tokenizer import ADDED_TOKENS
@@ -46,7 +47,7 @@ def packed_digests(weights: Path) -> dict[str, str]:
     path = weights / REPORT
     try:
         report = msgspec.json.decode(path.read_bytes(), type=_Report)
-    except (FileNotFoundError, msgspec.DecodeError) as error:
+    except (FileNotFoundError, *UNREADABLE) as error:
         raise _damaged(path, str(error)) from error
     return {name: file.sha256 for name, file in report.files.items()}
 

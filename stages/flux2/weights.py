@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from schemas.base import UNREADABLE
 from schemas.errors import Damaged, Fault
 from stages.flux2 import float8, packing
 from stages.flux2.names import Component, Piece
@@ -202,7 +203,7 @@ def _in_mlx(tensor: Tensor) -> Tensor:
 def _check_index(path: Path, headers: Mapping[Path, Header]) -> None:
     try:
         index = msgspec.json.decode(path.read_bytes(), type=_Index)
-    except (msgspec.DecodeError, RecursionError, OSError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise Damaged(
             "weights.index", "cannot read the index", where=str(path), why=str(error), fix="download the model again"
         ) from error

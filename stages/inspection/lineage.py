@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import Damaged, Stale
 from schemas.manifest import Manifest, Receipt
 from stages.contract.artifacts import find, read_manifest, receipt_bytes
@@ -95,7 +96,7 @@ def _receipt(inspection: Inspection, path: Path, stage: str) -> Receipt | None:
     try:
         data = b"" if path.is_symlink() else path.read_bytes()
         receipt = msgspec.json.decode(data, type=Receipt)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (OSError, *UNREADABLE):
         receipt = None
     else:
         if data != receipt_bytes(receipt) or receipt.stage != stage or not KEY.fullmatch(receipt.key):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from schemas import results
+from schemas.base import UNREADABLE
 from schemas.errors import Damaged, Diverged, StageError, Stopped
 from schemas.manifest import Manifest
 from stages.console.progress import Progress, progress
@@ -118,7 +119,7 @@ def _recorded(path: Path) -> Lines:
     try:
         lines = [msgspec.json.decode(line, type=dict[str, float | None]) for line in path.read_bytes().splitlines()]
         return {int(line["step"] or 0): line for line in lines}
-    except (OSError, KeyError, OverflowError, ValueError, msgspec.MsgspecError):
+    except (OSError, KeyError, OverflowError, ValueError, *UNREADABLE):
         return {}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Damaged, NoResources, StageError, Stale, Stopped
 from stages.contract.artifacts import keyed
 from stages.contract.digests import canonical_json
@@ -154,6 +155,6 @@ def check_pictures_drawn(inspection: Inspection, chain: Chain) -> None:
 def _index(folder: Path) -> Iterator[_Shown]:
     try:
         yield from msgspec.json.decode((folder / "index.json").read_bytes(), type=list[_Shown])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *UNREADABLE):
         # Among the artifact's files this one is missing or changed already.
         return

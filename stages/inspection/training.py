@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from schemas import results
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Damaged, NoResources, Stale
 from schemas.manifest import Manifest
 from schemas.train import Train
@@ -234,7 +235,7 @@ def _history(inspection: Inspection, train: Manifest, path: Path, steps: int) ->
     """Check metrics up to `steps`: each step once and in order, finite, at the rate of its schedule."""
     try:
         lines = [msgspec.json.decode(line, type=dict[str, float | None]) for line in path.read_bytes().splitlines()]
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *UNREADABLE):
         if inspection.sound(path):
             inspection.error(
                 Damaged, "history.unreadable", "metrics are no JSON lines", path, _forced(inspection.job)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from schemas import results
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Damaged, Stale
 from schemas.manifest import Manifest
 from stages.contract.artifacts import MANIFEST, read_manifest
@@ -153,7 +154,7 @@ def read_bench(path: Path) -> list[_Measured]:
     """Return the rows of a file that `bench --json` was sent to. Raises BadConfig when it is none."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Bench).measured
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise BadConfig(
             "plan.bench",
             "not what bench --json prints",
@@ -166,7 +167,7 @@ def read_bench(path: Path) -> list[_Measured]:
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     try:
         return [msgspec.json.decode(line) for line in (folder / results.METRICS).read_bytes().splitlines()]
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return []
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from stages.dataset.captions import prompt_with_trigger
 from stages.dataset.pixels import DECODER_ERRORS
 from stages.pages.pictures import data_uri
@@ -54,7 +55,7 @@ def preview_files(record: Record) -> dict[str, dict[int, Path]]:
     if artifact is not None and training is not None and training.finished:
         try:
             listed = msgspec.json.decode((artifact / "index.json").read_bytes(), type=list[_Index])
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (OSError, *UNREADABLE):
             listed = []
         files: dict[str, dict[int, Path]] = {}
         for each in listed:

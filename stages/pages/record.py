@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from schemas import results
+from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Damaged, Fault
 from schemas.manifest import Manifest
 from schemas.run import Config
@@ -121,7 +122,7 @@ def read_metrics(path: Path) -> tuple[list[Line], int]:
     for text in written:
         try:
             line = msgspec.json.decode(text, type=Line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             continue
         step = line.get("step")
         if isinstance(step, int) and step > (lines[-1]["step"] if lines else -1):
@@ -192,7 +193,7 @@ def _verified(path: Path, remarks: list[str]) -> Verified | None:
         return msgspec.json.decode(path.read_bytes(), type=Verified)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *UNREADABLE):
         remarks.append(f"{results.VERIFY} cannot be read: run verify again.")
         return None
 

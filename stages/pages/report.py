@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import Damaged, Fault
 from stages.pages.chain import chain_of, checkpoints_of, timings_of
 from stages.pages.contact import Contact, contact_of
@@ -74,5 +75,5 @@ def _dataset(record: Record) -> tuple[Contact | None, list[Fault], list[str]]:
         return contact, msgspec.json.decode(report, type=_Report).findings, []
     except Damaged as error:
         return None, [], [f"The dataset cannot be shown: {error.faults[0].what} ({error.faults[0].where})."]
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *UNREADABLE):
         return None, [], ["The dataset cannot be shown: validate's report.json cannot be read."]

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import Damaged
 from schemas.tables import EMBEDDING_PART
 from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes
@@ -160,7 +160,7 @@ def _open(path: Path, fragment: str, blame: Blame) -> tuple[Sealed, Part]:
     sealed = open_sealed(path, blame)
     try:
         part = msgspec.json.decode((sealed.metadata().metadata or {}).get(CONTENT, b""), type=Part)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise blame.error("metadata", "the footer is not a part's", str(error)) from error
     if part.fragment() != fragment or len(part.records) != len(sealed.groups):
         raise blame.error("metadata", "the footer is not this part's", "expected the records it is named by")

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import Damaged
 from stages.contract.digests import StatCache, canonical_json, digest_of, sha256_bytes
 from stages.contract.publish import publish_folder, workspace
@@ -192,7 +192,7 @@ def _open(folder: Path, fragment: str, blame: Blame) -> Array:
 def _parse(data: bytes, fragment: str, blame: Blame) -> Array:
     try:
         array = msgspec.json.decode(data, type=Array)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise blame.error("metadata", f"{METADATA} is not this fragment's", str(error)) from error
     if array.shape[0] != len(array.attributes.records) or min(array.shape) < 1:
         why = f"shape {array.shape}, {len(array.attributes.records)} records"

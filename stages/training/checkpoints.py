@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from schemas.base import UNREADABLE
 from schemas.errors import GIVEN, Damaged, Fault, Stale
 from schemas.manifest import CONTRACT_VERSION, CheckpointManifest, Manifest
 from schemas.schedules import Schedule
@@ -234,7 +235,7 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
         with open(path, "rb", opener=regular) as file:
             data = file.read()
         manifest = msgspec.json.decode(data, type=CheckpointManifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise Damaged(
             "checkpoint.unreadable", "no readable manifest", where=str(path), why=str(error), fix=REMEDY
         ) from error

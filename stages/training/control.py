@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from schemas import results
+from schemas.base import UNREADABLE
 from schemas.control import Action, Answer, Request
 from schemas.errors import BadConfig, Busy
 from stages.contract.locks import hold
@@ -68,7 +69,7 @@ class Control:
                 return msgspec.json.decode(file.read(MAX_BYTES), type=Request)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, *UNREADABLE) as error:
             self._warn(f"{self._request}: not a request ({error}); ask with flux2-lora control")
             self._request.unlink(missing_ok=True)
             return None
@@ -122,7 +123,7 @@ def who_trains(run_folder: Path) -> str | None:
 def _read(path: Path) -> Answer | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Answer)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
 
 

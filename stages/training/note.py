@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from schemas import results
-from schemas.base import Strict
+from schemas.base import UNREADABLE, Strict
 from schemas.errors import GIVEN, Damaged
 from stages.contract.digests import canonical_json
 from stages.contract.publish import regular, write_file
@@ -38,7 +38,7 @@ def read_note(run_folder: Path) -> Note | None:
         why = "" if data == _written(note.params, note.inputs) else "it does not follow from what it lists"
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, KeyError, RecursionError) as error:
+    except (OSError, KeyError, *UNREADABLE) as error:
         note, why = None, str(error)
     if note is None or why:
         raise Damaged(
