@@ -12,6 +12,10 @@ import msgspec
 # where lists lie in lists without end.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
+# What no editor writes and some terminals obey; line ends and tabs are text, and so are marks of direction.
+CONTROL = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+TEXT = rf"^[^{CONTROL}]*\Z"
+
 
 class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen struct that refuses unknown fields and positional arguments.

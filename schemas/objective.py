@@ -9,6 +9,7 @@ from msgspec import Meta
 from schemas.base import Strict
 
 Weight = Annotated[float, Meta(gt=0.0, le=1000.0)]
+# No pattern, as a prompt has: beside an array msgspec 0.22 takes another object for it, and crashes.
 ClassWord = Annotated[str, Meta(min_length=1, max_length=64)]
 ClassWords = Annotated[tuple[ClassWord, ...], Meta(min_length=1, max_length=64)]
 

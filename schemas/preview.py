@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from schemas.base import Strict
+from schemas.base import TEXT, Strict
 
-Prompt = Annotated[str, Meta(min_length=1, max_length=65536)]
+Prompt = Annotated[str, Meta(min_length=1, max_length=65536, pattern=TEXT)]
 
 
 class Preview(Strict, frozen=True):

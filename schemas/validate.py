@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from schemas.base import Strict
+from schemas.base import TEXT, Strict
 
 Resolution = Annotated[int, Meta(ge=32, le=4096, multiple_of=16)]
 MaskSource = Literal["alpha", "files"]
@@ -53,7 +53,7 @@ class Validate(Strict, frozen=True):
     )
 
     dataset: Annotated[str, Meta(min_length=1)]
-    trigger: Annotated[str, Meta(max_length=64)] = ""
+    trigger: Annotated[str, Meta(max_length=64, pattern=TEXT)] = ""
     resolutions: Annotated[tuple[Resolution, ...], Meta(min_length=1, max_length=8)] = (512,)
     upscale: bool = False
     background: Colour = "#ffffff"

@@ -98,7 +98,16 @@ def _parse(path: Path) -> dict[str, Any]:
         )
     try:
         return _toml(data.decode("utf-8-sig"), where)
-    except ValueError as error:  # not TOML, not UTF-8, or a number of more digits than Python reads
+    except UnicodeDecodeError as error:
+        line, found = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise BadConfig(
+            "config.not_utf8",
+            "not UTF-8 text",
+            where=where,
+            why=f"a byte {found:#04x} in line {line}",
+            fix="save it as plain UTF-8",
+        ) from error
+    except ValueError as error:  # not TOML, or a number of more digits than Python reads
         raise BadConfig(
             "config.not_toml", "not a TOML file", where=where, why=str(error), fix="correct that line"
         ) from error

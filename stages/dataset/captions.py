@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from schemas.base import CONTROL
 from schemas.errors import Fault, RejectedInput
 from stages.dataset.discover import MASK_ENDING, TABLES, Discovery, stem_of
 from stages.dataset.metadata import MAX_LINE_BYTES, decode_line, read_rows
@@ -24,8 +25,7 @@ from stages.dataset.metadata import MAX_LINE_BYTES, decode_line, read_rows
 MAX_CAPTION_BYTES = 64 << 10
 MOST_CAPTIONS = 256
 TRIGGER = "[trigger]"
-# No editor writes these, and a terminal obeys some; line ends and tabs are text, and so are marks of direction.
-CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+CONTROLS = re.compile(f"[{CONTROL}]")
 
 
 @dataclass
@@ -115,7 +115,7 @@ def tidy(text: str, where: str) -> str:
     if "\0" in text:
         why = f"at character {text.index(chr(0))}"
         raise _rejected("caption.nul", "the caption holds a NUL character", where, why)
-    if (found := CONTROL.search(text)) is not None:
+    if (found := CONTROLS.search(text)) is not None:
         why = f"{found[0]!r} at character {found.start()}"
         raise _rejected("caption.control", "the caption holds a control character", where, why)
     return text.replace("\r\n", "\n").strip()

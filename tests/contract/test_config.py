@@ -310,7 +310,6 @@ def test_prompt_of_many_short_sentences_is_no_deep_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b'[validate]\ndataset = "\xff"\n', "invalid start byte"),
         (MINIMAL.encode() + b'dataset = "other"\n', "overwrite"),
         (MINIMAL.encode() * 2, "twice"),
         (b"[validate\n", "line 1"),
@@ -323,6 +322,18 @@ def test_what_is_no_toml_is_refused_with_the_place(tmp_path: Path, data: bytes, 
     (fault,) = faults(tmp_path, data)
     assert fault.code == "config.not_toml"
     assert why in fault.why
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b'[validate]\ndataset = "caf\xe9"\n', "a byte 0xe9 in line 2"),
+        (MINIMAL.encode("utf-16"), "a byte 0xff in line 1"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_the_line_and_how_to_save_it(tmp_path: Path, data: bytes, why: str) -> None:
+    (fault,) = faults(tmp_path, data)
+    assert (fault.code, fault.why, fault.fix) == ("config.not_utf8", why, "save it as plain UTF-8")
 
 
 def test_byte_order_mark_and_windows_lines_are_no_matter(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ LINES = {
     "[run]\nname = '~'": "config.wrong_value",
     "[run]\nname = '$HOME'": "config.wrong_value",
     "[run]\nseed = -1": "config.wrong_value",
+    '[preview]\nprompts = ["a\\u0000b"]': "config.wrong_value",
+    '[preview]\nprompts = ["\\u001b[31mred"]': "config.wrong_value",
     f"[run]\n{'a.' * 20_000}b = 1": "config.too_deep",
     f"x = {'[' * 50_000}": "config.too_deep",
     f"# {'x' * (10 << 20)}": "config.too_large",
@@ -124,6 +126,14 @@ def test_bomb_takes_less_than_a_second_and_200_megabytes(tmp_path: Path, text: s
     seconds, megabytes = map(float, done.stdout.split())
     assert seconds < 1
     assert megabytes < 200
+
+
+@pytest.mark.parametrize("trigger", ["a\\u0000b", "\\u001b[31mred", "a\\u009b2J", "a\\u007f"])
+def test_trigger_holds_nothing_that_a_caption_may_not(tmp_path: Path, trigger: str) -> None:
+    ran = new_project(tmp_path).run("validate", sets=(f'validate.trigger="{trigger}"',))
+    assert (ran.code, ran.error) == (2, "config.wrong_value")
+    assert ERROR.fullmatch(ran.stderr.strip())
+    assert ran.stderr.strip().isprintable()
 
 
 def test_nothing_but_a_home_folder_in_front_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
