@@ -18,9 +18,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
-from schemas.errors import BadConfig, NoResources
+from schemas.errors import GIVEN, BadConfig, NoResources
 from stages.contract.digests import sha256_bytes, sha256_file
 from stages.contract.formats import FORMAT, missing_note, require_format
+from stages.contract.memory import is_out_of_memory
 
 TEMPORARY = ".tmp"
 # Of a file name, on every file system in use.
@@ -121,7 +122,7 @@ def _sweep(base: Path) -> None:
 
 @contextlib.contextmanager
 def no_resources(path: Path) -> Generator[None]:
-    """Turn a full disk, a missing permission, a limit or a failing device into an error with a remedy.
+    """Turn a full disk, a missing permission, a limit, a failing device or full memory into an error with a remedy.
 
     `path` is what is named where the error names nothing, or only a file of ours on its way there.
     """
@@ -132,6 +133,11 @@ def no_resources(path: Path) -> Generator[None]:
         if found is None:
             raise
         raise found from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fix = f"close other programs, or ask for less: flux2-lora plan {GIVEN} says what each stage needs"
+        raise NoResources("memory.full", "there is no memory left", why=str(error), fix=fix) from error
 
 
 def _meant(error: OSError, path: Path) -> Path:

@@ -18,13 +18,13 @@ import numpy as np
 from schemas.errors import NoResources, Stopped
 from schemas.objective import Output, Prior
 from schemas.train import Train
+from stages.contract.memory import is_out_of_memory
 from stages.dataset.order import PhasedOrder
 from stages.training import objective
 from stages.training.control import LOOK_SECONDS, Control
 from stages.training.data import Batch, Sample, TrainingData, ahead
 from stages.training.guards import INITIAL_STEPS, SILENT, Guards, Line
 from stages.training.interruption import Interruption
-from stages.training.memory import is_out_of_memory
 from stages.training.objective import joined, masked, prepare, preserving, silent_loss, with_prior
 from stages.training.profile import BUILD, READ, RECORD, SAVE, Profile
 from stages.training.randomness import distinct, dropped, uniform

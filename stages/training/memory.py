@@ -55,8 +55,6 @@ SMALL_RANK = 16
 QUANTIZED_BY_LOSS: tuple[Quantize, ...] = ("8bit", "4bit")
 SMALLER_PX = (1536, 1280, 1024, 768, 512, 384, 256)
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-# Of MLX's allocators (CPU, Metal, CUDA) and of the CUDA and Metal drivers.
-OUT_OF_MEMORY = ("malloc", "out of memory", "unable to allocate", "insufficient memory", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -311,11 +309,6 @@ def device_bytes(backend: Backend) -> int | None:
     info = mx.device_info()
     name = "max_recommended_working_set_size" if backend.device == "metal" else "total_memory"
     return int(info[name]) if name in info else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether MLX raised `error` because an allocation failed."""
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
 def _physical_bytes() -> int:

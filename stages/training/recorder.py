@@ -153,7 +153,8 @@ class Recorder:
             lora, digest = self.last.shown(ema=self._job.config.preview.ema)
             self._shots.append((step, digest))
             try:
-                self._draw(lora, step, digest)
+                with no_resources(self._job.run_folder):
+                    self._draw(lora, step, digest)
             except (Damaged, NoResources) as error:
                 # A picture is not worth a training: the preview stage draws what is missing, or says what is wrong.
                 self._job.warn(f"no pictures of step {step}, training goes on: {error.faults[0].line()}")

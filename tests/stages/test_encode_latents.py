@@ -137,6 +137,22 @@ def test_latent_that_is_not_finite_is_refused_and_not_stored(own_model: Project)
     assert listing(own_model.store / "fragments") == before
 
 
+def test_picture_that_finds_no_memory_ends_it_with_7_and_training_takes_no_part_for_the_whole(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[malloc_or_wait] Unable to allocate 99 bytes.")
+
+    draw(project.pictures, "eve", (9, 99, 199))
+    project.make("validate", "encode-text")
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.encode_latents._latent", full)
+        ran = project.run("encode-latents")
+    assert (ran.code, ran.error) == (7, "memory.full")
+    assert "flux2-lora plan --config" in ran.result["error"]["fix"]
+    assert (project.run("train").code, project.make("encode-latents")["encode-latents"].counts["encoded"]) == (5, 1)
+
+
 def test_damaged_autoencoder_is_refused(own_model: Project) -> None:
     truncate(own_model.root / "model" / "vae" / "diffusion_pytorch_model.safetensors")
     assert own_model.run("encode-latents").code == 4

@@ -179,21 +179,28 @@ def test_checkpoints_and_previews_leave_no_mark_on_the_lora(project: Project, un
     assert trace(project) == trace(unbroken)
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Damaged("record.changed", "an embedding is damaged", where="fragment"), "record.changed"),
+        (RuntimeError("[malloc_or_wait] Unable to allocate 99 bytes."), "memory.full"),
+    ],
+)
 def test_pictures_that_cannot_be_drawn_end_no_training(
-    project: Project, unbroken: Project, monkeypatch: pytest.MonkeyPatch
+    project: Project, unbroken: Project, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
 ) -> None:
     """Before the first step they do: nothing is lost yet, and whoever started it still looks."""
     paint, failing = Painter.paint, [True, False]
 
     def failed(painter: Painter, lora: Path | None, *more: object) -> int:
         if failing[lora is not None]:
-            raise Damaged("record.changed", "an embedding is damaged", where="fragment")
+            raise error
         return paint(painter, lora, *more)  # type: ignore[arg-type]
 
     sets = ('preview.prompts=["a red thing"]',)
     project.make("encode-text", sets=sets)
     monkeypatch.setattr(Painter, "paint", failed)
-    assert project.run("train", sets=sets).error == "record.changed"
+    assert project.run("train", sets=sets).error == code
     assert steps_saved(project) == []
     failing[:] = [False, True]
     ran = project.make("train", sets=sets)["train"]

@@ -355,21 +355,6 @@ def test_large_rank_is_lowered_where_that_is_enough() -> None:
     assert found == "set train.rank = 16 (about 10.9 GB)"
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (RuntimeError("[metal::malloc] Attempting to allocate 99 bytes which is greater than ..."), True),
-        (RuntimeError("[malloc_or_wait] Unable to allocate 99 bytes."), True),
-        (RuntimeError("cudaMallocAsync(&buf->data, size, stream) failed: out of memory"), True),
-        (RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("[matmul] Last dimension of first input with shape (2,3) must match"), False),
-    ],
-)
-def test_out_of_memory_is_told_from_other_errors(error: Exception, *, expected: bool) -> None:
-    assert memory.is_out_of_memory(error) is expected
-
-
 def test_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory.device_bytes(Backend("cpu", mx.float32))
     assert whole is not None
