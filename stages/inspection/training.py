@@ -75,11 +75,12 @@ def _unfinished(inspection: Inspection, begun: str, finished: str) -> None:
     if finished:
         what = "another training was begun after the one that is finished"
         inspection.error(Stale, "train.unfinished", what, f"trajectory {begun}", job.remedy("train"))
-    found, unreadable = find_checkpoints(job.stores, begun)
-    for error in unreadable.values():
-        inspection.failed(error)
-    for checkpoint in found:
-        _files(inspection, checkpoint, REMEDY)
+    with inspection.noting():
+        found, unreadable = find_checkpoints(job.stores, begun)
+        for error in unreadable.values():
+            inspection.failed(error)
+        for checkpoint in found:
+            _files(inspection, checkpoint, REMEDY)
 
 
 def _others(inspection: Inspection, own: set[str]) -> None:

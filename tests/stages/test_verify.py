@@ -15,6 +15,7 @@ import pytest
 from stages.inspection import files
 from stages.inspection.findings import Inspection
 from stages.stores.tensors import Tensor, load, save
+from tests.faults.mutants import resealed_checkpoint
 from tests.stages.project import Project, draw, flip, listing, stop_after, truncate
 
 Harm = Callable[[Path], None]
@@ -153,6 +154,8 @@ def test_every_checkpoint_of_a_training_that_is_not_finished_is_looked_at(projec
     ran = project.run("verify")
     where = {finding["where"] for finding in ran.result["findings"] if finding["code"] != "train.unfinished"}
     assert (ran.code, where) == (4, {str(folder / "1" / "manifest.json"), str(folder / "2" / "state.safetensors")})
+    resealed_checkpoint(folder / "2", contract=2)
+    assert {"train.unfinished", "checkpoint.version"} == set(codes(project))
 
 
 def test_all_faults_of_a_run_are_listed_at_once(project: Project) -> None:
