@@ -13,7 +13,7 @@ from schemas import results
 from schemas.manifest import Manifest
 from schemas.rotation import Rotation
 from stages.contract.artifacts import Built, Plan, holder, keyed, restore_file
-from stages.contract.digests import digest_of, is_unknown, unknown
+from stages.contract.digests import digest_of, is_unknown, read_proved, unknown
 from stages.contract.job import Job
 from stages.contract.runner import upstream
 from stages.flux2.identity import decoder_digest, drawing_model_of, model_of, quantization, transformer_digest
@@ -130,7 +130,8 @@ class Preview:
         for name, entry in manifest.files.items():
             if name != INDEX:
                 restore_proved(job, folder / name, entry, job.run_folder / name, self.name)
-        pictures = msgspec.json.decode((folder / INDEX).read_bytes(), type=list[Picture])
+        listed = read_proved(folder / INDEX, manifest.files[INDEX].sha256)
+        pictures = msgspec.json.decode(listed, type=list[Picture])
         placed = [(each, holder(each.fragment, job.stores) / each.fragment) for each in pictures]
         know_together(job, (path for each, source in placed for path in (source, job.run_folder / each.file)))
         for each, source in placed:
