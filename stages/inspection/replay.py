@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, Tensor]
 
 # Between backends: of a step's loss, and of weights relative to what the steps changed. Of 76 steps of the built-in
-# model that a CPU took, taken again by an H200, the worst loss differs by 0.013, half by less than 0.003, and none the
-# more for coming late; weights by 0.04 at most. In bfloat16 on the CPU: the worst loss by 0.016, weights by 0.096 after
-# the first 4 steps, by 0.026 after 60 (2026-11-21).
+# model that a CPU took, taken again by an H200, the worst loss differs by 0.013, half by less than 0.003, and none
+# the more for coming late; weights by 0.04 at most. In bfloat16 on the CPU: the worst loss by 0.016, weights by 0.096
+# after the first 4 steps, by 0.026 after 60 (2026-11-21).
 MOST_LOSS_DISTANCE = 0.05
 MOST_CHANGE_DISTANCE = 0.3
 # Of the numbers of a LoRA file that another backend makes of the same state: those of bfloat16 are 0.004 apart.
