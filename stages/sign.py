@@ -14,12 +14,13 @@ from schemas.manifest import Result
 from stages.console import messages
 from stages.console.invocation import PATH, shared
 from stages.contract.publish import no_resources
-from stages.contract.trust import SIGNATURES, sign_store
+from stages.contract.trust import SIGNATURES, open_to_others, sign_store
 
 HELP = """Sign every artifact of a store with an SSH key; sign again after adding to it.
 
 Others who name the store with --also, and the file with your public key with --trust, then take what you signed:
 it is copied into their own store, and every byte is checked on the way. A store of your own needs no signature.
+A store that anyone may write to is not signed: nobody can answer for what is in it.
 
 \b
 Example:
@@ -39,6 +40,8 @@ def COMMAND(**options: Any) -> int:
     if not store.is_dir():
         raise BadConfig("sign.store", "no such store", where=str(store), fix="name the folder of artifacts")
     with no_resources(store):
+        if shared := open_to_others(store):
+            messages.warn(f"a group may write to {shared[0]}: your signature is for what its members put there, too")
         count = sign_store(store, options["key"].expanduser())
     messages.say(f"signed {count} artifacts: {store / SIGNATURES}")
     if options["json"]:

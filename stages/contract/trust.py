@@ -47,8 +47,17 @@ def distrusted(store: Path) -> str:
 
 def open_to_all(store: Path) -> list[Path]:
     """Return which of a store's folders, itself first, anyone on this machine can put something into."""
-    folders = [path for path in (store, *sorted(store.iterdir())) if path.is_dir()] if store.is_dir() else []
-    return [path for path in folders if path.stat().st_mode & stat.S_IWOTH]
+    return [path for path in _folders(store) if path.stat().st_mode & stat.S_IWOTH]
+
+
+def open_to_others(store: Path) -> list[Path]:
+    """Return which of them a group that is not this user's own can put something into."""
+    found = [(path, path.stat()) for path in _folders(store)]
+    return [path for path, each in found if each.st_mode & stat.S_IWGRP and each.st_gid != os.getgid()]
+
+
+def _folders(store: Path) -> list[Path]:
+    return [path for path in (store, *sorted(store.iterdir())) if path.is_dir()] if store.is_dir() else []
 
 
 def require_own(store: Path) -> None:
@@ -79,7 +88,11 @@ def require_trust(also: Sequence[Path], allowed: Path | None) -> None:
 
 
 def sign_store(store: Path, key: Path) -> int:
-    """Sign for every whole artifact in `store`, in one statement; return their number. Raises as `sign` does."""
+    """Sign for every whole artifact in `store`, in one statement; return their number.
+
+    Raises as `sign` does, and Untrusted where anyone could have put artifacts there: nobody can answer for those.
+    """
+    require_own(store)
     listed: dict[str, str] = {}
     for path in sorted(store.glob(f"*/*/{MANIFEST}")):
         if not path.parent.parent.name.startswith("."):

@@ -300,6 +300,15 @@ def shared(project: Project, tmp_path: Path) -> tuple[Project, Path]:
     return mine, theirs
 
 
+def signed(store: Path, by: Path) -> tuple[int, str]:
+    """Sign a store while nobody else may write there."""
+    store.chmod(0o755)
+    try:
+        return command("sign", store, "--key", by, cwd=store.parent)
+    finally:
+        store.chmod(0o777)
+
+
 def also(project: Project, store: Path, *more: str) -> list[Ran]:
     return [project.run(stage, "--also", str(store), *more) for stage in STAGES]
 
@@ -333,7 +342,7 @@ def test_signed_artifacts_of_others_are_copied_and_unsigned_ones_refused(untrain
     (tmp_path / "friends").write_text(line)
     trust = ("--trust", str(tmp_path / "friends"))
     assert [ran.error for ran in also(mine, theirs, *trust)] == ["trust.unsigned"] * 3
-    code, said = command("sign", theirs, "--key", ada, cwd=tmp_path)
+    code, said = signed(theirs, ada)
     assert (code, "signed 3 artifacts" in said) == (0, True)
     before = listing(mine.root)
     seen = mine.run("why", "encode-text", "--also", str(theirs), *trust)
@@ -348,13 +357,38 @@ def test_signed_artifacts_of_others_are_copied_and_unsigned_ones_refused(untrain
 
 
 @SSH
+@pytest.mark.parametrize("folder", ["", "encode-latents"])
+def test_store_that_anyone_may_write_to_is_not_signed(untrained: Project, tmp_path: Path, folder: str) -> None:
+    ada, _ = key(tmp_path, "ada")
+    (untrained.store / folder).chmod(0o777)
+    code, said = command("sign", untrained.store, "--key", ada, cwd=tmp_path)
+    assert (code, "error[trust.own_store]" in said) == (9, True)
+    assert not (untrained.store / "signatures").exists()
+    # As the remedy says.
+    (untrained.store / folder).chmod(0o755)
+    code, said = command("sign", untrained.store, "--key", ada, cwd=tmp_path)
+    assert (code, "warning" in said) == (0, False)
+
+
+@SSH
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives folders away")
+def test_who_signs_what_a_group_may_write_to_is_told(untrained: Project, tmp_path: Path) -> None:
+    ada, _ = key(tmp_path, "ada")
+    untrained.store.chmod(0o775)
+    assert "warning" not in command("sign", untrained.store, "--key", ada, cwd=tmp_path)[1]
+    os.chown(untrained.store, -1, 12345)
+    code, said = command("sign", untrained.store, "--key", ada, cwd=tmp_path)
+    assert (code, "warning: a group may write to" in said) == (0, True)
+
+
+@SSH
 @pytest.mark.parametrize("stage", STAGES)
 def test_poison_with_recomputed_hashes_is_refused(untrained: Project, tmp_path: Path, stage: str) -> None:
     """Whoever can write to the store gives an artifact other files and a manifest that fits them."""
     mine, theirs = shared(untrained, tmp_path)
     ada, line = key(tmp_path, "ada")
     (tmp_path / "friends").write_text(line)
-    assert command("sign", theirs, "--key", ada, cwd=tmp_path)[0] == 0
+    assert signed(theirs, ada)[0] == 0
     (folder,) = (theirs / stage).iterdir()
     manifest = read_manifest(folder)
     name = sorted(manifest.files)[0]
@@ -374,7 +408,7 @@ def test_signed_artifact_whose_bytes_changed_is_damage(untrained: Project, tmp_p
     mine, theirs = shared(untrained, tmp_path)
     ada, line = key(tmp_path, "ada")
     (tmp_path / "friends").write_text(line)
-    assert command("sign", theirs, "--key", ada, cwd=tmp_path)[0] == 0
+    assert signed(theirs, ada)[0] == 0
     (shard,) = theirs.glob("fragments/latents/*/c.0.0.0.0")
     if harm == "flip":
         data = bytearray(shard.read_bytes())
