@@ -234,8 +234,8 @@ def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[s
             records: list[tuple[str, int, np.ndarray]] = []
             for text in missing[start : start + MOST_RECORDS]:
                 tokens = tokenizer.encode(text)
-                if tokens.count == model.variant.text_encoder.length:
-                    job.warn(f"cut to {tokens.count} tokens: {text[:60]}...")
+                if tokens.whole > tokens.count:
+                    job.warn(f"cut to {tokens.count} of {tokens.whole} tokens: {text[:60]}...")
                 records.append((keys[text], tokens.count, _embedding(job, encoder, text, tokens)))
                 bar.advance(1)
             rows = write_embeddings(job.store, records, job.config.encode_text.dtype)

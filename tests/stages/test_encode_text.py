@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from schemas.tables import EMBEDDING_INDEX
+from stages.flux2.text.tokenize import Tokenizer
 from stages.flux2.variants import MICRO
 from tests.stages.project import Project, listing, rows, truncate, undefined
 
@@ -84,7 +86,18 @@ def test_forced_run_gives_the_same_digest(project: Project) -> None:
 def test_caption_longer_than_the_model_reads_is_cut_with_a_warning(project: Project) -> None:
     (project.pictures / "ada.txt").write_text("word " * 400)
     ran = project.make("validate", "encode-text")["encode-text"]
-    assert f"cut to {MICRO.text_encoder.length} tokens: zorb word word" in ran.stderr
+    warning = re.search(rf"cut to {MICRO.text_encoder.length} of (\d+) tokens: zorb word word", ran.stderr)
+    assert warning is not None
+    assert int(warning[1]) > 400
+
+
+def test_caption_that_just_fits_is_not_called_cut(project: Project) -> None:
+    (path,) = (project.store / "models").glob("*/tokenizer/tokenizer.json")
+    tokenizer = Tokenizer(path, MICRO.text_encoder)
+    captions = {tokenizer.encode(f"zorb{' red' * count}").whole: f"zorb{' red' * count}" for count in range(64)}
+    for more, cut in ((0, False), (1, True)):
+        (project.pictures / "ada.txt").write_text(captions[MICRO.text_encoder.length + more])
+        assert ("cut to" in project.make("validate", "encode-text")["encode-text"].stderr) is cut
 
 
 def test_embedding_that_is_not_finite_is_refused_and_not_stored(own_model: Project) -> None:

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """`ids` padded to the encoder's length; `count` of them, on the other side than the pads, are the prompt's."""
+    """`ids` padded to the encoder's length; `count` of them, on the other side than the pads, are the prompt's.
+
+    `whole` is how many it would have had without being cut.
+    """
 
     ids: tuple[int, ...]
     count: int
+    whole: int
 
 
 class Tokenizer:
@@ -57,9 +61,10 @@ class Tokenizer:
                     ids.append(self._ids[spelling])
                 case Text(around):
                     ids.extend(self._plain.encode(around.replace(PROMPT, text), add_special_tokens=False).ids)
+        whole = len(ids)
         ids = ids[: self._length]
         padding = [self._ids[self._template.pad.spelling]] * (self._length - len(ids))
-        return TokenIds(tuple(padding + ids if self._template.pads_left else ids + padding), len(ids))
+        return TokenIds(tuple(padding + ids if self._template.pads_left else ids + padding), len(ids), whole)
 
 
 def _read(path: Path) -> tuple[PlainTokenizer, dict[str, int]]:
