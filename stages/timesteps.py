@@ -17,14 +17,13 @@ from schemas.manifest import Result
 from schemas.run import Config
 from schemas.timesteps import Shift
 from stages.console import messages
-from stages.console.invocation import shared
+from stages.console.invocation import PATH, shared
 from stages.contract.config import load_config
 from stages.dataset.buckets import PATCH_PX
 
 if TYPE_CHECKING:
     from stages.console.histogram import Drawn
 
-CHART = "timesteps.png"
 ROWS = 10
 
 HELP = """Draw which noise levels [train.timesteps] trains and what each counts, as a histogram and a table.
@@ -65,10 +64,11 @@ def rows(drawn: Mapping[str, Drawn]) -> list[list[str]]:
     ]
 
 
-@shared("config", "set", "runs", "json", "debug")
+@shared("config", "set", "json", "debug")
 @click.command("timesteps", help=HELP, context_settings={"show_default": True})
 @click.option("--draws", type=click.IntRange(100, 1_000_000), default=10_000, help="Steps to draw for.")
-def COMMAND(config: Path, assignments: tuple[str, ...], runs: Path, draws: int, *, json: bool) -> int:
+@click.option("--output", "-o", type=PATH, default=Path("timesteps.png"), help="Where the histogram goes.")
+def COMMAND(config: Path, assignments: tuple[str, ...], draws: int, output: Path, *, json: bool) -> int:
     """Be the `timesteps` command."""
     from stages.console.histogram import timesteps_chart
 
@@ -76,17 +76,16 @@ def COMMAND(config: Path, assignments: tuple[str, ...], runs: Path, draws: int, 
     settings = load_config(config, assignments)
     kind = str(settings.train.timesteps.__struct_config__.tag)
     drawn = {f"{size_px} px": drawn_at(settings, size_px, draws) for size_px in sizes_px(settings)}
-    path = runs / (settings.run.name or config.stem) / CHART
-    timesteps_chart(drawn, kind, path)
+    timesteps_chart(drawn, kind, output)
     header = ["t (1 is noise)", *(part for name in drawn for part in (f"draws, {name}", f"weight, {name}"))]
     messages.table(f"Timesteps: {kind}", header, rows(drawn))
-    messages.say(f"the histogram: {path}")
+    messages.say(f"the histogram: {output}")
     if json:
         result = Result(
             stage="timesteps",
             status="built",
             key=None,
-            path=str(path.absolute()),
+            path=str(output.absolute()),
             digest=None,
             counts={"draws": draws},
             seconds=round(time.monotonic() - started, 3),

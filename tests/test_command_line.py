@@ -33,7 +33,7 @@ OPTIONS = {
     "--learning-rate --batch-size --seed --validation-prompt --validation-seed --validation-size "
     "--store --runs --plan --json --quiet -q --debug",
     "fetch": "model --revision --json --quiet --debug",
-    "timesteps": "--config -c --set --runs --draws --json --debug",
+    "timesteps": "--config -c --set --draws --output -o --json --debug",
     "gc": "--store --runs --older-than --delete --compact --pin --wait --json --quiet --debug",
     "repair": "--config -c --set --store --also --trust --runs findings --json --quiet --debug",
     "control": "run action --runs --json --debug",

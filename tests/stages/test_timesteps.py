@@ -46,7 +46,7 @@ def test_rows_are_shares_of_draws_and_of_the_weight() -> None:
 
 
 def command(project: Project, assignment: str) -> int:
-    places = ["--config", str(project.config), "--runs", str(project.root / "runs")]
+    places = ["--config", str(project.config), "--output", str(project.root / "levels.png")]
     return run(["timesteps", *places, "--draws", "100", "--json", "--set", assignment])
 
 
@@ -56,7 +56,8 @@ def test_the_command_leaves_a_picture_and_says_where(tmp_path: Path, capfd: pyte
     out, errors = capfd.readouterr()
     found = msgspec.json.decode(out)
     assert found["counts"] == {"draws": 100}
-    assert Path(found["path"]) == project.results / "timesteps.png"
+    assert Path(found["path"]) == project.root / "levels.png"
+    assert {path.name for path in project.root.iterdir()} == {"cat.toml", "pictures", "levels.png"}
     with Image.open(found["path"]) as picture:
         assert picture.format == "PNG"
     assert "Timesteps: content" in errors
@@ -68,5 +69,5 @@ def test_a_window_never_reached_is_an_error_of_the_configuration(
     window = "train.timesteps={kind = 'logit_normal', mean = 5.0, std = 0.2, maximum = 0.1}"
     project = new_project(tmp_path)
     assert command(project, window) == 2
-    assert not project.results.parent.exists()
+    assert not (project.root / "levels.png").exists()
     assert msgspec.json.decode(capfd.readouterr().out)["error"]["code"] == "timesteps.empty_window"
