@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from schemas.errors import Damaged
+from stages.contract.digests import digest_of
+from stages.contract.runner import load_stage
 from stages.flux2.micro_tokenizer import tokenizer_json
+from stages.flux2.text.prompts import template_of
 from stages.flux2.text.tokenize import Tokenizer
 from stages.flux2.variants import MICRO, MISTRAL_24B, QWEN3_4B
 from tests.golden import mistral_vocabulary, qwen_vocabulary
@@ -17,6 +21,9 @@ from tests.golden.tiny import GOLDEN
 ROWS = json.loads((GOLDEN / "qwen-ids.json").read_text())
 MISTRAL_ROWS = json.loads((GOLDEN / "mistral-ids.json").read_text())
 PAD, MISTRAL_PAD = 151643, 11
+# The version of encode-text -> the templates it fills. Keys hold the version alone, so that with another template but
+# the same version old embeddings would be taken for new ones.
+TEMPLATES = {1: "a8b898191d4696a57b8ac30e5376b8c0d65fdf4da60be115b53c92c8cdf22716"}
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +126,8 @@ def test_tokenizer_of_a_larger_vocabulary_is_damaged(micro: Path) -> None:
     micro.write_text(json.dumps(tokenizer_json(513)))
     with pytest.raises(Damaged, match="expected at most 512 ids, found 513"):
         Tokenizer(micro, MICRO.text_encoder)
+
+
+def test_another_template_is_another_version_of_encode_text() -> None:
+    templates = digest_of("templates", {kind: asdict(template_of(kind)) for kind in ("qwen3", "mistral3")})
+    assert TEMPLATES[load_stage("encode-text").version] == templates, "raise the version of encode-text"
