@@ -56,7 +56,7 @@ OPTIONS = {
     "preview.seed": "--validation-seed",
     "preview.size": "--validation-size",
 }
-SETTING = re.compile(rf"(?<![\[.\w])({'|'.join(map(re.escape, OPTIONS))})(?!\.?\w)")
+SETTING = re.compile(rf"(?<![\[.\w])({'|'.join(map(re.escape, OPTIONS))})(?!\.?\w)( = )?")
 # Exit codes above this are of processes that a signal stopped.
 SIGNALLED = 128
 HEADER = """# Written by `flux2-lora run`; {digest}
@@ -130,7 +130,7 @@ def _of_option(fault: Fault) -> Fault:
 
 def in_options(text: str) -> str:
     """Return what a stage says with the options of `run` in place of the settings that they give."""
-    return SETTING.sub(lambda found: OPTIONS[found[0]], text)
+    return SETTING.sub(lambda found: OPTIONS[found[1]] + (" " if found[2] else ""), text)
 
 
 def write_pipeline(path: Path, tables: dict[str, Any]) -> None:

@@ -57,6 +57,13 @@ def test_stage_speaks_of_the_options_of_run(project: Project) -> None:
     assert f"fix: {ran.result['error']['fix']}" in ran.stderr
 
 
+def test_fix_of_a_stage_can_be_typed_as_an_option_of_run(project: Project) -> None:
+    ran = command("run", str(project.pictures), "--model", "flux2-micro", "--json")
+    assert (ran.code, ran.error) == (3, "caption.no_trigger")
+    assert ran.result["error"]["fix"] == 'set --trigger "your_word"'
+    assert 'fix: set --trigger "your_word"' in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [
