@@ -26,7 +26,7 @@ from stages.contract.bundles import (
 )
 from stages.contract.config import load_config
 from stages.contract.digests import sha256_bytes
-from stages.contract.publish import beside, no_resources, publish_folder
+from stages.contract.publish import beside, no_resources, publish_folder, sweep_beside
 
 HELP = """Unpack what flux2-lora bundle packed, once every byte of it is proved.
 
@@ -88,6 +88,7 @@ def COMMAND(**options: Any) -> int:
     path: Path = options["bundle"]
     target: Path = options["output"] or Path(path.stem)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        sweep_beside(target)
         raise BadConfig("unbundle.output", "something is there already", where=str(target), fix="name a new folder")
     with no_resources(target):
         bundle, digest, by = unbundle(path, target, options["trust"], unsigned=options["unsigned"])

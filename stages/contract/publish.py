@@ -109,6 +109,14 @@ def sweep(store: Path) -> None:
     _sweep(store / TEMPORARY)
 
 
+def sweep_beside(target: Path) -> None:
+    """Remove what dead processes left beside a `target` that stands and is never written again."""
+    base = sibling(target.absolute())
+    _sweep(base)
+    with contextlib.suppress(OSError):
+        base.rmdir()
+
+
 def _sweep(base: Path) -> None:
     for path in base.glob("*.lock"):
         try:

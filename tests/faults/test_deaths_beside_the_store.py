@@ -61,8 +61,7 @@ def test_helper_that_dies_leaves_all_or_nothing_and_the_same_command_heals(
         done = command == "unbundle" and there is not None and again.code == COMPLETE
         if again.code != 0 and not done:
             unhealed.append(f"{at}: exit {again.code} {again.err}")
-        left = differences(bench.root, bench.after[f"after {command}"])
-        unhealed += [f"{at}: {each}" for each in left if not (done and f".{OUTPUTS[command]}.tmp" in each)]
+        unhealed += [f"{at}: {each}" for each in differences(bench.root, bench.after[f"after {command}"])]
     measured("Q1", f"{command}: all or nothing at {len(tried) - len(half)} of {len(tried)}")
     bads = len({each.partition(":")[0] for each in unhealed})
     measured("Q2", f"{command}: the reference again, no litter, at {len(tried) - bads} of {len(tried)}")

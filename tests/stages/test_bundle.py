@@ -273,6 +273,16 @@ def test_nothing_that_is_there_is_overwritten(untrained: Project, tmp_path: Path
     assert contents(tmp_path / "far") == {"mine.txt": b"mine"}
 
 
+def test_what_a_death_after_the_rename_left_goes_with_the_next_command(untrained: Project, tmp_path: Path) -> None:
+    bundle = pack(untrained)
+    assert unpack(bundle, tmp_path / "far")[0] == 0
+    left = tmp_path / ".far.tmp"
+    (left / "0123").mkdir(parents=True)
+    (left / "0123.lock").touch()
+    assert unpack(bundle, tmp_path / "far")[0] == 2
+    assert not left.exists()
+
+
 @SSH
 def test_bundle_is_taken_from_whom_one_trusts_and_from_nobody_else(untrained: Project, tmp_path: Path) -> None:
     mine, line = key(tmp_path, "ada")
