@@ -89,6 +89,26 @@ def test_wrong_option_is_named_before_anything_is_written(
     assert listing(project.root) == before
 
 
+@pytest.mark.parametrize("shape", ["below a file", "below a file, deeper", "through a link", "closed"])
+def test_lora_that_could_not_be_written_is_refused_before_anything_is_made(project: Project, shape: str) -> None:
+    (project.root / "taken").write_text("precious")
+    (project.root / "link.safetensors").symlink_to("taken")
+    (project.root / "closed").mkdir(mode=0o555)
+    if shape == "closed" and os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    output = {
+        "below a file": "taken/x.safetensors",
+        "below a file, deeper": "taken/a/b/x.safetensors",
+        "through a link": "link.safetensors",
+        "closed": "closed/x.safetensors",
+    }[shape]
+    before = listing(project.root)
+    ran = run(project, "--output", output)
+    expected = (2, "output.symlink") if shape == "through a link" else (7, "run.output")
+    assert (ran.code, ran.error) == expected, ran.stderr
+    assert listing(project.root) == before
+
+
 def test_pipeline_that_somebody_edited_is_not_overwritten(project: Project) -> None:
     path = project.root / "runs" / "lora" / "pipeline.toml"
     os.truncate(project.pictures / "bob.png", 100)
