@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from schemas import results
 from schemas.base import UNREADABLE
 from schemas.errors import BadConfig, Damaged, NoResources, StageError, Stale, Stopped
 from stages.contract.artifacts import keyed
@@ -135,7 +136,7 @@ class _Shown(msgspec.Struct):
 
 def check_pictures_drawn(inspection: Inspection, chain: Chain) -> None:
     """Check the pictures in the run folder, those of the LoRA that training made."""
-    from stages.inspection.training import shows
+    from stages.inspection.training import drawn, shows
 
     if "preview" not in chain:
         return
@@ -144,12 +145,14 @@ def check_pictures_drawn(inspection: Inspection, chain: Chain) -> None:
         what = "preview shows another LoRA than train has now"
         inspection.error(Stale, "chain.broken", what, job.run, job.remedy("preview"))
         return
-    for name, entry in preview.files.items():
-        if name.endswith(".png"):
-            inspection.file(job.run_folder / name, entry, name, job.remedy("preview"))
-    for each in _index(folder):
-        if entry := preview.fragments.get(each.fragment):
-            inspection.file(job.run_folder / each.file, entry, each.file, job.remedy("preview"))
+    shown = {name: entry for name, entry in preview.files.items() if name.endswith(".png")}
+    shown |= {
+        each.file: preview.fragments[each.fragment] for each in _index(folder) if each.fragment in preview.fragments
+    }
+    if last := shown.get(results.preview(max(drawn(preview), default=0))):
+        shown[results.LATEST_PREVIEW] = last
+    for name, entry in shown.items():
+        inspection.file(job.run_folder / name, entry, name, job.remedy("preview"))
 
 
 def _index(folder: Path) -> Iterator[_Shown]:

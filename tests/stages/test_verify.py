@@ -90,6 +90,7 @@ PLACES = {
     "the LoRA": "runs/cat/cat.safetensors",
     "a checkpoint's copy": "runs/cat/checkpoint_2.safetensors",
     "a picture's copy": "runs/cat/preview_2.png",
+    "the latest picture": "runs/cat/preview_latest.png",
     "the artifact's LoRA": "store/train/*/lora.safetensors",
     "a checkpoint's state": "store/checkpoints/*/2/state.safetensors",
     "a checkpoint's LoRA": "store/checkpoints/*/2/lora.safetensors",
