@@ -84,7 +84,8 @@ def open_model(spec: Model, base_dir: Path, builtin: Callable[[str], Path]) -> M
         raise NoResources(
             "model.unreadable",
             "cannot read the model",
-            where=str(error.filename),
+            # A read that fails names no file.
+            where=str(error.filename or spec.source),
             why=str(error.strerror),
             fix="check the path and its permissions",
         ) from error

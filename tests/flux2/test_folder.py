@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -332,6 +333,14 @@ def test_missing_weights_are_named(klein: Path) -> None:
     assert "no .safetensors file" in fault(Damaged, klein)
     (klein / "tokenizer" / "tokenizer.json").unlink()
     assert "incomplete" in fault(Damaged, klein)
+
+
+def test_failing_read_names_the_model(klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_path: Path, _mode: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", failing)
+    assert f"({klein})" in fault(NoResources, klein)
 
 
 def test_link_to_a_blob_that_is_gone_is_incomplete(klein: Path) -> None:
