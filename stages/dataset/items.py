@@ -169,7 +169,8 @@ def _class_survey(
 
 
 def _of_class(fault: Fault, beside: str) -> Fault:
-    moved = msgspec.structs.replace(fault, where=f"{beside}/{fault.where}")
+    fix = fault.fix.replace("validate.dataset", "validate.class_dataset")
+    moved = msgspec.structs.replace(fault, where=f"{beside}/{fault.where}", fix=fix)
     if fault.code != "caption.no_trigger":
         return moved
     what, fix = f"a class picture's caption holds {TRIGGER}", "write the word for the class instead"

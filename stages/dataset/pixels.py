@@ -49,6 +49,7 @@ DECODER_ERRORS = (
     KeyError,
     TypeError,
     OverflowError,
+    AssertionError,
     struct.error,
     zlib.error,
 )

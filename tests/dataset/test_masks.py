@@ -123,6 +123,13 @@ def test_class_pictures_get_no_trigger_and_are_told_apart(tmp_path: Path) -> Non
     assert (dataset.statistics.images, dataset.statistics.accepted) == (3, 2)
 
 
+def test_empty_class_folder_is_called_that_and_not_the_dataset(tmp_path: Path) -> None:
+    subject = write(tmp_path / "cat", {"a.png": png(), "a.txt": "x"})
+    (fault,) = build(subject, None, write(tmp_path / "cats", {"readme.md": "x"})).faults
+    assert (fault.code, fault.where) == ("dataset.empty", "../cats/")
+    assert fault.fix.endswith("the folder of validate.class_dataset")
+
+
 def test_missing_class_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadConfig):
         build(write(tmp_path / "cat", {"a.png": png(), "a.txt": "x"}), None, tmp_path / "cats")

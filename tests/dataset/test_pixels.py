@@ -196,6 +196,10 @@ def test_bilevel_and_palette_pictures_keep_their_colours() -> None:
     assert np.array_equal(levels(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
 
 
+def test_palette_picture_without_its_palette_is_damaged(tmp_path: Path) -> None:
+    assert code(tmp_path, raw_png(32, 32, 8, 3, (b"\0" + bytes(32)) * 32)) == "picture.damaged"
+
+
 def hidden(mode: str) -> tuple[bytes, str]:
     """A picture whose left half is fully transparent over a colour that must never be seen."""
     alpha = Image.new("L", (96, 64), 255)
