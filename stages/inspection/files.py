@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import stat
 import time
 from collections import defaultdict
@@ -12,7 +14,6 @@ from schemas.errors import Damaged, Untrusted
 from stages.contract.artifacts import MANIFEST, holder
 from stages.contract.formats import require_format
 from stages.contract.publish import TEMPORARY
-from stages.contract.trust import open_to_all
 from stages.inspection.findings import Artifact, Inspection
 
 DAY_SECONDS = 86_400
@@ -75,12 +76,24 @@ def check_stores(inspection: Inspection) -> None:
     inspection.checked += 1
     with inspection.noting():
         require_format(job.store)
-    for folder in open_to_all(job.store):
+    for folder in _open_to_all(job.store):
         what = "anyone on this machine can put files into the store"
         inspection.error(Untrusted, "store.writable", what, folder, "chmod o-w that folder if you trust it")
+    for path in sorted((job.store / "lookup").glob("*.sqlite")):
+        _place(inspection, path, job.store)
     if litter := [path for path in (job.store / TEMPORARY).glob("*") if is_litter(path)]:
         what = f"{len(litter)} things that dead processes left in {job.store / TEMPORARY}"
         inspection.hint("store.litter", what, "the next stage that makes anything removes them, and so does gc")
+
+
+def _open_to_all(store: Path) -> list[Path]:
+    """Return the folders of a store, at any depth, that anyone can put something into."""
+    found: list[Path] = []
+    for folder in (Path(place) for place, _, _ in os.walk(store)):
+        # A stage at work takes folders away meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            found += [folder] if folder.stat().st_mode & WORLD_WRITABLE else []
+    return sorted(found)
 
 
 def is_litter(path: Path) -> bool:

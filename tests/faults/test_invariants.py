@@ -203,6 +203,15 @@ MORE: dict[str, tuple[Mutate, str]] = {
         lambda p: os.chown(validated(p) / "report.json", 12345, -1),
         "file.owner",
     ),
+    "an artifact's folder that is open to all": (lambda p: validated(p).chmod(0o777), "store.writable"),
+    "a fragment's folder that is open to all": (
+        lambda p: only(p.store, "fragments/latents/*").chmod(0o757),
+        "store.writable",
+    ),
+    "remembered digests that are open to all": (
+        lambda p: only(p.store, "lookup/*.sqlite").chmod(0o666),
+        "file.writable",
+    ),
     "a caption's id": (
         lambda p: mutants.retabled(
             validated(p), CAPTIONS, lambda rows: [{**row, "text": f"{row['text']}!"} for row in rows]
