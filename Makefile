@@ -41,9 +41,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 test: $(VENV)/installed-dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-# Every fault, not the samples of `make test`; ends with a table of what must hold and what was measured.
+# Every fault, not the samples of `make test`; ends with a table of what must hold and what was measured. An hour.
 faults: $(VENV)/installed-dev
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --full --numprocesses auto
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --full --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # What a LoRA learns, in figures: all pictures, variations and broken trainings. Half an hour on two cores at most.
 learn: $(VENV)/installed-dev

@@ -1,0 +1,45 @@
+"""A read that fails, gives half of what it could, or ends early: an error, or the right result.
+
+An error is one of ours: exit 2 to 5 or 7, by what could not be read, and lines with a code and a remedy. Nothing of it
+is remembered: the same command gives the right result when the disk is well again.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tests.faults.children import Bench
+from tests.faults.conftest import Count, Measured
+from tests.faults.judge import STAGES
+from tests.faults.points import calls, chosen, distinct
+from tests.faults.test_deaths import unhealed
+from tests.faults.test_failures import RESOURCES, in_turn, wrong
+from tests.faults.zygote import Fault
+
+READING = (2, 3, 4, 5, RESOURCES)
+READ_FAULTS = {"device fails": "errno", "half": "short", "ends": "ended"}
+
+
+@pytest.mark.bar("Q5")
+@pytest.mark.parametrize("name", READ_FAULTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_failing_read_is_an_error_or_harmless(
+    bench: Bench, stage: str, name: str, count: Count, measured: Measured
+) -> None:
+    in_turn(stage, name, list(READ_FAULTS), count)
+    points = [call.number for call in distinct(calls(bench.ran[stage].log, "r")) if call.operation == "read"]
+    bad: list[str] = []
+    tried, ended = chosen(points, count, 1), dict[int, int]()
+    for at in tried:
+        bench.put(bench.before(stage))
+        fault = Fault(side="read", at=at, mode=READ_FAULTS[name], errno=errno.EIO, operation="read")
+        ran = bench.stage(stage, fault)
+        ended[ran.code] = ended.get(ran.code, 0) + 1
+        bad += [f"{at}: {each}" for each in wrong(bench, stage, ran, READING)]
+        if ran.code != 0:
+            bad += [f"{at}: {each}" for each in unhealed(bench, stage)]
+    bads = len({each.partition(":")[0] for each in bad})
+    measured("Q5", f"{stage}, {name}: {len(tried) - bads} of {len(tried)} right (exit codes {ended})")
+    assert bad == []
