@@ -1,6 +1,6 @@
 """A read that fails, gives half of what it could, or ends early: an error, or the right result.
 
-An error is one of ours: exit 2 to 5 or 7, by what could not be read, and lines with a code and a remedy. Nothing of it
+An error is one of ours: exit 2 to 5 or 7, by what could not be read, and lines with a code and a remedy. Nothing wrong
 is remembered: the same command gives the right result when the disk is well again.
 """
 
@@ -31,7 +31,7 @@ def test_failing_read_is_an_error_or_harmless(
     in_turn(stage, name, list(READ_FAULTS), count)
     points = [call.number for call in distinct(calls(bench.ran[stage].log, "r")) if call.operation == "read"]
     bad: list[str] = []
-    tried, ended = chosen(points, count, 1), dict[int, int]()
+    tried, ended = chosen(points, count, 3), dict[int, int]()
     for at in tried:
         bench.put(bench.before(stage))
         fault = Fault(side="read", at=at, mode=READ_FAULTS[name], errno=errno.EIO, operation="read")
