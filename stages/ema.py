@@ -20,6 +20,7 @@ from stages.console.invocation import PATH, job_of, places, shared
 from stages.contract.artifacts import Plan, restore_file
 from stages.contract.digests import canonical_json
 from stages.contract.job import Job
+from stages.contract.places import require_writable
 from stages.contract.publish import workspace
 from stages.contract.runner import load_stage, reading
 
@@ -124,6 +125,7 @@ def COMMAND(**options: Any) -> int:
     job, output, sigma_rel = job_of(options), options["output"], options["sigma_rel"]
     if output.suffix != SUFFIX:
         raise BadConfig("ema.output", "no name for a LoRA file", where=str(output), fix=f"let it end in {SUFFIX}")
+    require_writable(output.parent)
     with reading(job):
         plan = load_stage("train").plan(job)
         found = averaged_checkpoints(job, plan)

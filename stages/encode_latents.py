@@ -18,6 +18,7 @@ from schemas.validate import MaskSource
 from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of, sha256_bytes, unknown
 from stages.contract.job import Job
+from stages.contract.places import require_room
 from stages.contract.runner import upstream
 from stages.dataset import pixels
 from stages.dataset.buckets import PATCH_PX
@@ -70,6 +71,7 @@ class EncodeLatents:
         distinct = {each.key: each for each in [*wanted, *covers]}
         known = _known(job, distinct)
         missing = [each for key, each in distinct.items() if key not in known]
+        _require_room(job, missing)
         pictures = [each for each in missing if isinstance(each, _Wanted)]
         known |= _encode(job, pictures)
         known |= _cover(job, [each for each in missing if isinstance(each, _WantedMask)])
@@ -247,6 +249,15 @@ def _known(job: Job, keys: Collection[str]) -> dict[str, LatentRow]:
     for store in () if job.flags.force else reversed(job.stores):
         known |= scan_latents(store)
     return whole_latents(job.stores, [known[key] for key in keys if key in known], job.digests)
+
+
+def _require_room(job: Job, missing: Sequence[_Wanted | _WantedMask]) -> None:
+    """Raise NoResources unless all that is to be encoded fits on the disk."""
+    from stages.stores.fragments import stored_bytes
+
+    rows = (_coming(job, each) for each in missing)
+    need = sum(stored_bytes(row.channels * row.height * row.width, row.dtype) for row in rows)
+    require_room(job.store, need, why=f"for {len(missing)} latents")
 
 
 def _coming(job: Job, each: _Wanted | _WantedMask) -> LatentRow:

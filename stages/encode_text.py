@@ -16,6 +16,7 @@ from schemas.objective import Output
 from stages.contract.artifacts import Built, Plan, holder, keyed
 from stages.contract.digests import digest_of, unknown
 from stages.contract.job import Job
+from stages.contract.places import require_room
 from stages.contract.runner import upstream
 from stages.dataset.captions import TRIGGER, caption_id, prompt_with_trigger, with_class_word
 from stages.flux2.identity import model_of, model_without_making, text_encoder_digest, tokenizer_digest
@@ -218,13 +219,16 @@ def _encode(job: Job, missing: Sequence[str], keys: Mapping[str, str]) -> dict[s
     from stages.flux2.prequantized import prequantized
     from stages.flux2.text.tokenize import Tokenizer
     from stages.stores.embeddings import write_embeddings
-    from stages.stores.fragments import MOST_RECORDS
+    from stages.stores.fragments import MOST_RECORDS, stored_bytes
     from stages.training.memory import require_text
 
+    config = model_of(job).variant.text_encoder
+    record_bytes = stored_bytes(config.length * config.width, job.config.encode_text.dtype)
+    require_room(job.store, len(missing) * record_bytes, why=f"for {len(missing)} embeddings")
     backend = prepare()
     job.say(backend.line())
     model = prequantized(job, model_of(job), "text_encoder")
-    quantize, config = job.config.encode_text.quantize, model.variant.text_encoder
+    quantize = job.config.encode_text.quantize
     require_text(config, text_encoder_formats(model, quantize), backend, job.warn)
     tokenizer = Tokenizer(model.tokenizer, config)
     encoder = load_text_encoder(model, backend.compute_dtype, quantize)

@@ -20,6 +20,7 @@ from schemas.train import Train
 from stages.console import messages
 from stages.console.invocation import PATH, job_of, places, shared
 from stages.contract.job import Job
+from stages.contract.places import require_writable
 from stages.contract.publish import write_file
 from stages.contract.runner import reading
 
@@ -116,6 +117,7 @@ def COMMAND(**options: Any) -> int:
     job = job_of(options)
     settings = rising(job.config.train, options["steps"], options["lowest"], options["highest"])
     job.config = msgspec.structs.replace(job.config, train=settings)
+    require_writable(options["output"].parent)
     with reading(job):
         taken = sweep(job, settings)
     judged = found(taken.rates, taken.losses, taken.start)

@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from schemas import results
-from schemas.errors import BadConfig, Fault, NoResources
+from schemas.errors import BadConfig, Fault
 from schemas.events import VARIABLE
 from schemas.manifest import Result
 from schemas.run import Config
@@ -34,7 +34,8 @@ from stages.contract.artifacts import restore_file
 from stages.contract.config import is_folder, load_config
 from stages.contract.digests import StatCache, sha256_bytes
 from stages.contract.job import Job, require_apart
-from stages.contract.publish import refuse_link, write_file
+from stages.contract.places import require_writable
+from stages.contract.publish import no_resources, refuse_link, write_file
 from stages.contract.runner import STAGES
 from stages.flux2.variants import VARIANTS
 from stages.training.interruption import heard
@@ -108,11 +109,8 @@ def require_output(output: Path) -> None:
     if output.suffix != SUFFIX or output.is_dir():
         raise BadConfig("run.output", "no name for a LoRA file", where=str(output), fix=f"let it end in {SUFFIX}")
     refuse_link(output)
-    standing = next(folder for folder in output.absolute().parents if folder.exists())
-    if not (standing.is_dir() and os.access(standing, os.W_OK)):
-        raise NoResources(
-            "run.output", "no LoRA can be written there", where=str(standing), fix="name another --output"
-        )
+    with no_resources(output):
+        require_writable(output.parent)
 
 
 def settled(tables: dict[str, Any]) -> Config:

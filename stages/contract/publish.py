@@ -22,6 +22,7 @@ from schemas.errors import GIVEN, BadConfig, NoResources
 from stages.contract.digests import sha256_bytes, sha256_file
 from stages.contract.formats import FORMAT, missing_note, require_format
 from stages.contract.memory import is_out_of_memory
+from stages.contract.places import free_bytes
 
 TEMPORARY = ".tmp"
 # Of a file name, on every file system in use.
@@ -172,7 +173,7 @@ def _refusal(error: OSError, where: Path) -> NoResources | None:
                 "disk.full",
                 "the disk is full",
                 where=str(where),
-                why=f"{shutil.disk_usage(_existing(where)).free / 1e6:.0f} MB free",
+                why=f"{free_bytes(where) / 1e6:.0f} MB free",
                 fix="free some space and run the same command again; finished work is kept",
             )
         case errno.ENOTDIR | errno.EISDIR | errno.ELOOP | errno.ENAMETOOLONG | errno.ENXIO:
@@ -348,7 +349,3 @@ def make_folder(folder: Path) -> None:
         # So says a file system of the kernel's own, such as /proc, where nobody can make anything.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)) from error
     sync(folder.parent)
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)

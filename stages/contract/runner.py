@@ -31,6 +31,7 @@ from stages.contract.formats import require_format
 from stages.contract.job import Job
 from stages.contract.launch import launched_rank
 from stages.contract.locks import hold, share
+from stages.contract.places import require_writable
 from stages.contract.publish import no_resources, publish_folder, sweep, sweep_siblings, workspace
 from stages.contract.trust import adopt, require_own
 
@@ -265,6 +266,9 @@ def _run(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outcom
 
 
 def _build(stage: Stage, job: Job, plan: Plan, key: str, started: float) -> Outcome:
+    with no_resources(job.run_folder):
+        # Not only when the work is done.
+        require_writable(job.run_folder)
     with workspace(job.store) as space:
         work = space / "artifact"
         work.mkdir()

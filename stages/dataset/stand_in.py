@@ -6,13 +6,14 @@ gives the same keys as the pictures, so all that was made of them is found; noth
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from schemas.base import UNREADABLE, Strict
-from schemas.errors import BadConfig, Damaged, Stale
+from schemas.errors import BadConfig, Damaged, NoResources, Stale
 from stages.contract.digests import StatCache, digest_of
 from stages.dataset.discover import LISTING_VERSION, listing, state
 
@@ -27,7 +28,14 @@ class StandIn(Strict, frozen=True):
 
 
 def stands_in(folder: Path) -> bool:
-    """Return whether the pictures of `folder` are elsewhere."""
+    """Return whether the pictures of `folder` are elsewhere. Raises NoResources when we may not look into it."""
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise NoResources(
+            "dataset.unreadable",
+            "the folder of pictures may not be read",
+            where=str(folder),
+            fix="make it readable (chmod u+rx)",
+        )
     return (folder / STAND_IN).is_file()
 
 

@@ -6,7 +6,6 @@ published dimensions are taken.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +25,7 @@ from stages.flux2.load import text_encoder_formats, transformer_formats
 from stages.flux2.packing import packed_modules
 from stages.flux2.shapes import text_encoder_shapes, transformer_shapes
 from stages.outlook.chain import Ahead, Outlook
+from stages.stores.fragments import RECORD_BYTES, stored_bytes
 from stages.training.memory import (
     QUANTIZED_BY_LOSS,
     SMALLER_PX,
@@ -44,9 +44,6 @@ from stages.training.memory import (
 from stages.training.preflight import demand_of, needs
 
 Peak = Callable[[Any], int]
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-# Beside a record: its checksum, its name in the fragment's list, a fragment of its own at worst.
-RECORD_BYTES = 2048
 # Beside the records of an artifact: its manifest and tables.
 ARTIFACT_BYTES = 32_768
 RGB = 3
@@ -123,7 +120,7 @@ class Needs:
     def _latents(self) -> Need:
         config, pixels = self._model.variant.autoencoder, self.largest_px
         rows = _missing(_rows(self._ahead["encode-latents"].folder, "latents"))
-        bytes_ = [row["channels"] * row["height"] * row["width"] * ITEM_BYTES[row["dtype"]] for row in rows]
+        disk = sum(stored_bytes(row["channels"] * row["height"] * row["width"], row["dtype"]) for row in rows)
 
         def remedy(limit: int) -> Remedy | None:
             smaller = (side for side in SMALLER_PX if side**2 < pixels)
@@ -133,7 +130,6 @@ class Needs:
             )
             return _first(options, limit)
 
-        disk = sum(bytes_) + RECORD_BYTES * len(rows)
         return self._need(latents_peak(config, self._device, pixels), remedy, (disk, 0))
 
     def _text(self) -> Need:
@@ -145,7 +141,7 @@ class Needs:
             else packed_modules(shapes, quantize)
         )
         rows = _missing(_rows(self._ahead["encode-text"].folder, "text"))
-        bytes_ = {row["embedding_key"]: row["length"] * row["width"] * ITEM_BYTES[row["dtype"]] for row in rows}
+        disk = sum(stored_bytes(row["length"] * row["width"], row["dtype"]) for row in rows)
 
         def remedy(limit: int) -> Remedy | None:
             modes = ((mode, packed_modules(shapes, mode)) for mode in QUANTIZED_BY_LOSS)
@@ -154,7 +150,6 @@ class Needs:
             )
             return _first(options, limit)
 
-        disk = sum(bytes_.values()) + RECORD_BYTES * len(bytes_)
         return self._need(text_peak(config, packed, self._device), remedy, (disk, 0))
 
     def demand(self) -> Demand:
@@ -237,20 +232,6 @@ def drawn_in_training(job: Job, ahead: Ahead) -> int:
 def surely_too_much(need: Need, limit_bytes: int | None) -> bool:
     """Return whether the peak exceeds what there is even where the estimate is as far too large as it can be."""
     return limit_bytes is not None and (need.peak_bytes or 0) * (1 - TOLERANCE) > limit_bytes
-
-
-def free_bytes(place: Path) -> int:
-    """Return what is free on the disk that `place` is on, or will be."""
-    return shutil.disk_usage(_existing(place)).free
-
-
-def disk_of(place: Path) -> int:
-    """Return which disk `place` is on, or will be."""
-    return _existing(place).stat().st_dev
-
-
-def _existing(place: Path) -> Path:
-    return next(each for each in (place.absolute(), *place.absolute().parents) if each.exists())
 
 
 def _first(options: Iterator[Remedy], limit: int) -> Remedy | None:

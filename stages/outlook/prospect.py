@@ -15,12 +15,13 @@ from schemas.manifest import Result, ResultError
 from stages.console import messages
 from stages.contract.digests import is_unknown
 from stages.contract.job import Job
+from stages.contract.places import disk_of, free_bytes
 from stages.flux2.backend import prepare
 from stages.flux2.folder import BUILT_IN
 from stages.flux2.identity import model_of
 from stages.outlook.chain import Ahead, look_ahead
 from stages.outlook.changes import PARTS, Why, why
-from stages.outlook.needs import Need, Needs, disk_of, free_bytes, surely_too_much, to_do
+from stages.outlook.needs import Need, Needs, surely_too_much, to_do
 from stages.outlook.timing import Timing
 from stages.training.memory import device_bytes
 from stages.training.preflight import beyond_the_end

@@ -26,6 +26,8 @@ MOST_RECORDS = 64
 # 512 pixels holds 64 either way.
 FULL_RECORDS = 1024
 FULL_BYTES = 32 << 20
+# Beside a record on disk: its checksum, its name in the fragment's list, a fragment of its own at worst.
+RECORD_BYTES = 2048
 ROOT = "fragments"
 
 # How a record lies in memory and on disk; numpy has no bfloat16, so its bits travel as uint16.
@@ -148,6 +150,11 @@ def raw_bytes(array: np.ndarray, dtype: str) -> bytes:
     if array.dtype != layout:
         raise ValueError(f"{dtype} records are given as {layout.name}, not {array.dtype}")
     return np.ascontiguousarray(array).tobytes()
+
+
+def stored_bytes(values: int, dtype: str) -> int:
+    """Return what a record of so many values takes on disk, at most."""
+    return values * LAYOUTS[dtype].itemsize + RECORD_BYTES
 
 
 def full(record_bytes: int) -> int:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
-import os
-import shutil
-from pathlib import Path
 
-from schemas.errors import NoResources
 from schemas.rotation import Rotation
 from schemas.train import Train
 from stages.contract.job import Job
+from stages.contract.places import disk_of, require_room, require_writable
 from stages.contract.publish import make_folder, no_resources
 from stages.flux2.backend import Backend
 from stages.flux2.identity import model_of
@@ -120,21 +116,9 @@ def require_disk(job: Job, need_bytes: tuple[int, int]) -> None:
     for place in places:
         with no_resources(place):
             make_folder(place)
-            if not os.access(place, os.W_OK):
-                raise PermissionError(errno.EACCES, "cannot write", str(place))
-    shared = _disk(job.store) == _disk(job.run_folder)
+            require_writable(place)
+    shared = disk_of(job.store) == disk_of(job.run_folder)
     wanted = [(job.store, sum(need_bytes))] if shared else list(zip(places, need_bytes, strict=True))
     for place, need in wanted:
-        free = shutil.disk_usage(place).free
-        if need > free:
-            raise NoResources(
-                "disk.full",
-                f"need about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB free",
-                where=str(place),
-                why="for the checkpoints of this training",
-                fix="free some space, raise train.checkpoint_every, or set train.rotation.keep_last",
-            )
-
-
-def _disk(folder: Path) -> int:
-    return folder.stat().st_dev
+        fix = "free some space, raise train.checkpoint_every, or set train.rotation.keep_last"
+        require_room(place, need, why="for the checkpoints of this training", fix=fix)

@@ -263,9 +263,12 @@ def test_failed_build_publishes_nothing_and_leaves_no_litter(tmp_path: Path, mon
 
 def test_second_process_of_a_run_is_busy_and_told_who_works(tmp_path: Path) -> None:
     worker = building(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
     try:
-        with pytest.raises(Busy, match=f"pid {worker.pid}"):
-            run_toy(toy_job(tmp_path))
+        # By whatever path it is named.
+        for runs in (tmp_path / "runs", tmp_path / "link", tmp_path / "store" / ".." / "runs"):
+            with pytest.raises(Busy, match=f"pid {worker.pid}"):
+                run_toy(replace(toy_job(tmp_path, "blip"), runs=runs))
         second = process(tmp_path, "cat")
         assert second.communicate()[1].startswith("error[lock.held]")
         assert second.returncode == 6
@@ -273,17 +276,6 @@ def test_second_process_of_a_run_is_busy_and_told_who_works(tmp_path: Path) -> N
         output, _ = worker.communicate("go on\n")
     assert (worker.returncode, output) == (0, "built\n")
     assert not run_toy(toy_job(tmp_path)).built
-
-
-def test_run_is_busy_by_whatever_path_it_is_named(tmp_path: Path) -> None:
-    worker = building(tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path / "runs")
-    try:
-        for runs in (tmp_path / "link", tmp_path / "store" / ".." / "runs"):
-            with pytest.raises(Busy, match=f"pid {worker.pid}"):
-                run_toy(replace(toy_job(tmp_path, "blip"), runs=runs))
-    finally:
-        worker.communicate("go on\n")
 
 
 def test_waiting_process_finds_the_work_done(tmp_path: Path) -> None:
@@ -342,11 +334,11 @@ def test_store_that_is_a_file_is_named(tmp_path: Path) -> None:
         run_toy(toy_job(tmp_path))
 
 
-def test_run_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+def test_run_folder_that_is_a_file_is_named_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(NoResources, match=r"disk\.in_the_way"):
         run_toy(toy_job(tmp_path))
-    assert len(list((tmp_path / "store" / "toy").iterdir())) == 1
+    assert not (tmp_path / "store" / "toy").exists()
 
 
 def test_upstream_that_never_ran_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

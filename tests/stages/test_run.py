@@ -104,7 +104,8 @@ def test_lora_that_could_not_be_written_is_refused_before_anything_is_made(proje
     }[shape]
     before = listing(project.root)
     ran = run(project, "--output", output)
-    expected = (2, "output.symlink") if shape == "through a link" else (7, "run.output")
+    codes = {"through a link": (2, "output.symlink"), "closed": (7, "disk.permission")}
+    expected = codes.get(shape, (7, "disk.in_the_way"))
     assert (ran.code, ran.error) == expected, ran.stderr
     assert listing(project.root) == before
 

@@ -73,7 +73,7 @@ def test_need_beyond_what_is_free_is_refused_with_both_numbers(tmp_path: Path) -
         require_disk(job(tmp_path), (free // 2 + 10**9, free // 2 + 10**9))
     fault = refused.value.faults[0]
     assert fault.code == "disk.full"
-    assert fault.what.startswith(f"need about {(free + 2 * 10**9) / 1e6:.0f} MB, ")
+    assert fault.what.startswith(f"need about {(free + 2 * 10**9) / 1e6:.1f} MB, ")
     assert "train.rotation.keep_last" in fault.fix
 
 
