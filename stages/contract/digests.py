@@ -58,6 +58,11 @@ def is_unknown(digest: str) -> bool:
     return digest.startswith(UNKNOWN)
 
 
+def is_digest(text: str) -> bool:
+    """Return whether `text` is spelled as a digest is: what names whatever this program made."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
 def sha256_bytes(data: bytes) -> str:
     """Return the hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()

@@ -15,6 +15,7 @@ from schemas import results
 from schemas.errors import Damaged, Fault
 from schemas.manifest import Manifest
 from stages.contract.artifacts import read_manifest, read_receipt
+from stages.contract.digests import is_digest
 from stages.contract.publish import TEMPORARY, no_resources, workspace
 from stages.flux2.prequantized import PARTS, kind
 from stages.inspection.files import is_litter
@@ -147,12 +148,12 @@ def _things(store: Path) -> Iterator[Thing]:
     from stages.stores.fragments import ROOT
 
     for stage in MAKERS:
-        yield from (_thing(stage, path) for path in _below(store / stage))
+        yield from (_thing(stage, path) for path in _made(store / stage))
     for name in FRAGMENT_KINDS:
-        yield from (_thing(f"{ROOT}/{name}", path) for path in _below(store / ROOT / name))
+        yield from (_thing(f"{ROOT}/{name}", path) for path in _made(store / ROOT / name))
     for part in PARTS:
-        yield from (_thing(kind(part), path) for path in _below(store / kind(part)))
-    yield from (_thing(FOLDER, path) for path in _below(store / FOLDER))
+        yield from (_thing(kind(part), path) for path in _made(store / kind(part)))
+    yield from (_thing(FOLDER, path) for path in _made(store / FOLDER))
     yield from (_thing("work left behind", path) for path in _below(store / TEMPORARY) if is_litter(path))
 
 
@@ -167,6 +168,11 @@ def _is_reached(store: Path, reach: Reach, thing: Thing) -> bool:
 
 def _below(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _made(folder: Path) -> list[Path]:
+    """Return what lies in a folder under a name that only this program gives."""
+    return [path for path in _below(folder) if is_digest(path.name.partition(".")[0])]
 
 
 def _thing(kind: str, path: Path) -> Thing:

@@ -17,7 +17,7 @@ import numpy as np
 
 from schemas.errors import GIVEN, Damaged
 from stages.contract.artifacts import holder
-from stages.contract.digests import StatCache, digest_of
+from stages.contract.digests import StatCache, digest_of, is_digest
 from stages.stores.blame import Blame
 
 # Written together while encoding goes on: what a kill costs at most.
@@ -75,7 +75,7 @@ class Kind:
     def names(self, fragment: str) -> bool:
         """Whether `fragment` is the path of a fragment of this kind, and so stays inside the store."""
         digest = fragment.removeprefix(f"{ROOT}/{self.name}/").removesuffix(self.suffix)
-        return len(digest) == 64 and set(digest) <= set("0123456789abcdef") and fragment == self.path(digest)
+        return is_digest(digest) and fragment == self.path(digest)
 
     def blame(self, fragment: str, record: str = "") -> Blame:
         """Return what errors about a fragment, or one of its records, name."""

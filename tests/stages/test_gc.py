@@ -51,6 +51,17 @@ def moved_on(project: Project) -> Project:
     return project
 
 
+def test_what_somebody_put_into_the_store_stays(moved_on: Project) -> None:
+    mine = [f"{folder}/notes.txt" for folder in ("train", "fragments/latents", "checkpoints", "preview")]
+    for name in mine:
+        (moved_on.store / name).write_text("mine")
+    (moved_on.store / "train" / "backup").mkdir()
+    code, result, _ = gc(moved_on, "--older-than", "0", "--delete")
+    assert (code, result["status"]) == (0, "built")
+    assert [(moved_on.store / name).read_text() for name in mine] == ["mine"] * 4
+    assert (moved_on.store / "train" / "backup").is_dir()
+
+
 def test_finished_run_leaves_nothing_to_collect(project: Project) -> None:
     aged(project)
     code, result, said = gc(project)
