@@ -215,6 +215,14 @@ def test_file_linked_inside_a_target_does_not_pass_as_equal(tmp_path: Path) -> N
     assert not (target / "a").is_symlink()
 
 
+def test_pipe_inside_a_target_keeps_nobody_waiting(tmp_path: Path) -> None:
+    target = folder(tmp_path / "store" / "artifact", a="1")
+    (target / "a").unlink()
+    os.mkfifo(target / "a")
+    publish_folder(folder(tmp_path / "space" / "work", a="1"), target)
+    assert (target / "a").read_text() == "1"
+
+
 def test_folder_published_by_another_process_at_the_same_moment_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
