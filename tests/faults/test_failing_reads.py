@@ -1,7 +1,7 @@
 """A read that fails, gives half of what it could, or ends early: an error, or the right result.
 
-An error is one of ours: exit 2 to 5 or 7, by what could not be read, and lines with a code and a remedy. Nothing wrong
-is remembered: the same command gives the right result when the disk is well again.
+An error is one of ours: exit 2 to 5 or 7, by what could not be read, and lines with a code and a remedy.
+Nothing wrong is remembered: the same command gives the right result when the disk is well again.
 """
 
 from __future__ import annotations
