@@ -18,8 +18,10 @@ from schemas.errors import BadConfig, Fault, legible
 from stages.contract.digests import State, canonical_json, identity, sha256_bytes, youngest_ns
 
 # Raised whenever the same folder gives another listing: what was remembered of folders is then forgotten.
-LISTING_VERSION = 1
-PICTURE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+LISTING_VERSION = 2
+# Browsers on Windows save JPEG as .jfif.
+JPEG_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif"})
+PICTURE_SUFFIXES = JPEG_SUFFIXES | {"png", "webp"}
 SIDECAR_SUFFIXES = frozenset({"txt", "caption", "json"})
 MASK_ENDING = ".mask.png"
 TABLES = frozenset(f"{stem}.{suffix}" for stem in ("metadata", "captions") for suffix in ("jsonl", "csv", "parquet"))

@@ -22,6 +22,7 @@ from schemas.errors import RejectedInput
 from schemas.validate import MaskSource
 from stages.contract.digests import sha256_bytes
 from stages.dataset.buckets import PATCH_PX
+from stages.dataset.discover import JPEG_SUFFIXES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -340,7 +341,7 @@ def _to_srgb(mode: str, profile: bytes | None) -> ImageCms.ImageCmsTransform | N
 
 
 def _notes(picture: Picture, where: str) -> list[str]:
-    suffixes = {"JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",)}[str(picture.format)]
+    suffixes = {"JPEG": JPEG_SUFFIXES, "PNG": {"png"}, "WEBP": {"webp"}}[str(picture.format)]
     notes: list[str] = []
     if where.rpartition(".")[2].lower() not in suffixes:
         notes.append(f"holds {picture.format} data under another suffix")

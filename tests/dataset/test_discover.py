@@ -17,8 +17,8 @@ def codes(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_pictures_are_found_to_any_depth_in_byte_order(tmp_path: Path) -> None:
-    write(tmp_path, {"b.PNG": "", "a/z.jpg": "", "a/deep/x.webp": "", "é.jpeg": "", "Z.Jpg": ""})
-    assert discover(tmp_path).pictures == ["Z.Jpg", "a/deep/x.webp", "a/z.jpg", "b.PNG", "é.jpeg"]
+    write(tmp_path, {"b.PNG": "", "a/z.jpg": "", "a/deep/x.webp": "", "é.jpeg": "", "Z.Jpg": "", "c.jfif": ""})
+    assert discover(tmp_path).pictures == ["Z.Jpg", "a/deep/x.webp", "a/z.jpg", "b.PNG", "c.jfif", "é.jpeg"]
 
 
 def test_hidden_and_foreign_files_are_ignored_and_counted(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def test_unknown_orientation_is_noted_and_taken_as_upright(tmp_path: Path) -> No
 
 def test_suffix_that_lies_is_noted(tmp_path: Path) -> None:
     assert look(tmp_path, png(), "a.jpg").notes == ("holds PNG data under another suffix",)
+    for name in ("a.jpg", "a.JPEG", "a.jfif", "a.jpe"):
+        assert look(tmp_path, jpeg(), name).notes == ()
 
 
 def test_pixels_are_planes_between_minus_one_and_one_and_flip_mirrors_them() -> None:
