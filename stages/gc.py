@@ -23,7 +23,7 @@ from stages.console.invocation import PATH, shared
 from stages.contract.digests import read_proved, sha256_file
 from stages.contract.formats import require_format
 from stages.contract.locks import hold
-from stages.contract.publish import make_folder, no_resources, write_file
+from stages.contract.publish import make_folder, no_resources, sweep, write_file
 from stages.contract.runner import store_lock
 from stages.inspection.compaction import compact, scattered
 from stages.inspection.lineage import MAKERS
@@ -107,6 +107,9 @@ def collect(options: Mapping[str, Any]) -> tuple[Reach, list[Thing], dict[str, i
     if act and things:
         withdraw(store, [thing.path for thing in things])
         done["deleted"] = len(things)
+    if act:
+        # Of a process that died while it deleted: else that fills the disk until something is made.
+        sweep(store)
     return reach, things, done
 
 

@@ -209,6 +209,14 @@ def test_work_that_dead_processes_left_goes(project: Project) -> None:
     assert not folder.exists()
 
 
+def test_deletion_that_was_killed_is_finished_by_the_next(project: Project) -> None:
+    work = project.store / ".tmp"
+    (work / ("a" * 32) / "0").mkdir(parents=True)
+    (work / f"{'a' * 32}.lock").touch()
+    assert gc(project, "--delete")[1]["counts"]["deleted"] == 0
+    assert list(work.iterdir()) == []
+
+
 def test_small_fragments_are_put_together_without_changing_any_digest(untrained: Project) -> None:
     for name, color in {"eva": (9, 9, 9), "fay": (99, 9, 9), "gil": (9, 99, 9)}.items():
         draw(untrained.pictures, name, color)
