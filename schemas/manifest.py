@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from schemas.base import Strict
 from schemas.errors import Fault
@@ -27,7 +28,7 @@ def in_order(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 class FileRecord(Strict, frozen=True):
     """Size in bytes and sha256 of one file."""
 
-    size: int
+    size: Annotated[int, Meta(ge=0)]
     sha256: str
 
 

@@ -18,13 +18,14 @@ from schemas.verify import Verify
 
 RUN_NAME = r"^[a-z0-9][a-z0-9-]*\Z"
 
+RunName = Annotated[str, Meta(pattern=RUN_NAME, max_length=64)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 class Run(Strict, frozen=True):
     """`[run]`: the name of the result folder and the seed all draws derive from."""
 
-    name: Annotated[str, Meta(pattern=RUN_NAME, max_length=64)] | None = None
+    name: RunName | None = None
     seed: Seed = 42
 
 

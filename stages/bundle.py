@@ -11,12 +11,13 @@ from typing import Any, cast
 import click
 import msgspec
 
-from schemas.errors import BadConfig
+from schemas.errors import BadConfig, Damaged
 from schemas.manifest import FileRecord, Manifest, Result
 from stages.console import messages
 from stages.console.invocation import PATH, job_of, places, shared
-from stages.contract.artifacts import holder, record
+from stages.contract.artifacts import holder
 from stages.contract.bundles import (
+    BUNDLED,
     LIST,
     PIPELINE,
     PURPOSE,
@@ -24,12 +25,14 @@ from stages.contract.bundles import (
     SOURCES,
     SUFFIX,
     Member,
+    Stored,
     listed,
     members_of,
     write_tree,
     write_zip,
 )
-from stages.contract.digests import canonical_json, read_proved, sha256_bytes
+from stages.contract.config import run_name
+from stages.contract.digests import canonical_json, sha256_bytes
 from stages.contract.job import Job
 from stages.contract.publish import beside, publish_file, publish_folder
 from stages.contract.runner import reading, upstream
@@ -37,8 +40,6 @@ from stages.dataset.stand_in import STAND_IN, contents
 from stages.flux2.folder import ModelFiles
 from stages.flux2.identity import drawing_model_of, model_of
 from stages.flux2.variants import VARIANTS
-
-BUNDLED = ("validate", "encode-latents", "encode-text")
 
 HELP = """Pack what train needs, without the pictures: latents, embeddings, tables and the pipeline.
 
@@ -52,12 +53,12 @@ Example:
 """
 
 
-def pipeline(job: Job, sources: tuple[str, str | None]) -> bytes:
+def pipeline(job: Job, run: str, sources: tuple[str, str | None]) -> bytes:
     """Return the resolved configuration as TOML, with no path of this machine in it."""
     import tomli_w
 
     tables: dict[str, Any] = cast("dict[str, Any]", _without_none(msgspec.to_builtins(job.config, enc_hook=str)))
-    tables["run"]["name"] = job.run
+    tables["run"]["name"] = run
     tables["validate"]["dataset"] = sources[0]
     if sources[1] is not None:
         tables["validate"]["class_dataset"] = sources[1]
@@ -117,11 +118,13 @@ def bundle(job: Job, output: Path, key: Path | None) -> tuple[str, int]:
     """Write the bundle; return the sha256 of its list and the number of files in it. Raises as `upstream` does."""
     found = [upstream(job, stage) for stage in BUNDLED]
     sources = source_folders(job)
-    written = dict([(PIPELINE, pipeline(job, sources)), *stand_ins(job, sources)])
+    # There the pipeline is called otherwise, so that its own name has to be one that a setting may have.
+    run = job.config.run.name or run_name(job.config_path)
+    written = dict([(PIPELINE, pipeline(job, run, sources)), *stand_ins(job, sources)])
     stored = dict(each for manifest, folder in found for each in _stored(job, manifest, folder))
-    records = {name: record(path) for name, path in stored.items()}
+    records = {name: entry for name, (_, entry) in stored.items()}
     records |= {name: FileRecord(size=len(data), sha256=sha256_bytes(data)) for name, data in written.items()}
-    data = listed(job.run, [manifest for manifest, _ in found], records.items())
+    data = listed(run, [manifest for manifest, _ in found], records.items())
     signature = b""
     if key is not None:
         from stages.contract.signatures import sign
@@ -131,7 +134,7 @@ def bundle(job: Job, output: Path, key: Path | None) -> tuple[str, int]:
     def members() -> Iterator[Member]:
         yield from ((LIST, data), (SIGNATURE, signature))
         for name in sorted(records):
-            yield name, written[name] if name in written else read_proved(stored[name], records[name].sha256)
+            yield name, written[name] if name in written else _whole(job, *stored[name])
 
     with beside(output) as space:
         work = space / "bundle"
@@ -144,8 +147,22 @@ def bundle(job: Job, output: Path, key: Path | None) -> tuple[str, int]:
     return sha256_bytes(data), len(records)
 
 
-def _stored(job: Job, manifest: Manifest, folder: Path) -> Iterator[tuple[str, Path]]:
+def _stored(job: Job, manifest: Manifest, folder: Path) -> Iterator[tuple[str, Stored]]:
     return members_of(lambda name: holder(name, job.stores), manifest, folder)
+
+
+def _whole(job: Job, path: Path, entry: FileRecord) -> bytes:
+    """Return a stored file's bytes. Raises Damaged, naming the remedy, unless they are those that were written."""
+    data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+    if len(data) != entry.size or sha256_bytes(data) != entry.sha256:
+        raise Damaged(
+            "file.changed",
+            "a stored file is missing or its bytes changed",
+            where=str(path),
+            why=f"expected sha256 {entry.sha256}",
+            fix=job.remedy("repair"),
+        )
+    return data
 
 
 @places

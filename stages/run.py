@@ -31,7 +31,7 @@ from stages.console import messages
 from stages.console.invocation import PATH, shared
 from stages.console.progress import ChainDisplay, Status
 from stages.contract.artifacts import restore_file
-from stages.contract.config import is_folder, load_config
+from stages.contract.config import is_folder, load_config, run_name
 from stages.contract.digests import StatCache, sha256_bytes
 from stages.contract.job import Job, require_apart
 from stages.contract.places import require_writable
@@ -97,11 +97,6 @@ def pipeline(options: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
 def _source(model: str, folder: Path) -> str:
     """Return a model folder as the TOML names it; anything else is a hub id."""
     return os.path.relpath(Path(model).absolute(), folder.absolute()) if is_folder(Path(model)) else model
-
-
-def run_name(output: Path) -> str:
-    """Return the run's name: the output's stem with everything but letters, digits and dashes as a dash."""
-    return re.sub(r"[^a-z0-9]+", "-", output.stem.lower()).strip("-")[:64] or "lora"
 
 
 def require_output(output: Path) -> None:

@@ -20,11 +20,11 @@ from stages.contract.bundles import (
     PURPOSE,
     Bundle,
     check_artifacts,
+    check_pipeline,
     opened,
     parse,
     write_tree,
 )
-from stages.contract.config import load_config
 from stages.contract.digests import sha256_bytes
 from stages.contract.publish import beside, no_resources, publish_folder, sweep_beside
 
@@ -67,10 +67,9 @@ def unbundle(path: Path, target: Path, allowed: Path | None, *, unsigned: bool) 
         with beside(target) as space:
             work = space / "project"
             write_tree(work, members(bundle))
-            manifests = check_artifacts(work, bundle)
-            config = load_config(work / PIPELINE)
-            for manifest in manifests:
-                write_receipt(work / "runs" / (config.run.name or bundle.run), manifest)
+            check_pipeline(work, bundle, path)
+            for manifest in check_artifacts(work, bundle, path):
+                write_receipt(work / "runs" / bundle.run, manifest)
             publish_folder(work, target)
     return bundle, sha256_bytes(data), by
 

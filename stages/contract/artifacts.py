@@ -16,7 +16,7 @@ from schemas.base import UNREADABLE, Strict
 from schemas.errors import Damaged, Stale
 from schemas.manifest import CONTRACT_VERSION, FileRecord, Manifest, Receipt
 from stages.contract.digests import StatCache, canonical_json, digest_of, read_proved, sha256_bytes, sha256_file
-from stages.contract.publish import no_resources, write_file
+from stages.contract.publish import no_resources, read_regular, write_file
 
 MANIFEST = "manifest.json"
 
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
             why=f"expected contract {CONTRACT_VERSION}, found {manifest.contract}",
             fix="use that version, or another store",
         )
-    if outside := [name for name in (*manifest.files, *manifest.fragments) if not _stays_inside(name)]:
+    if outside := [name for name in (*manifest.files, *manifest.fragments) if not stays_inside(name)]:
         raise Damaged(
             "manifest.path", "a file outside the store", where=str(path), why=f"found {outside[0]!r}", fix=fix
         )
@@ -150,10 +150,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _stays_inside(name: str) -> bool:
-    """Whether a path from a manifest is one below its folder, spelled the one way this program spells it."""
+def stays_inside(name: str) -> bool:
+    """Whether a path that somebody wrote is one below its folder, on any system, spelled the one way we spell it."""
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."
+    plain = not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."
+    return plain and name.isprintable() and "\\" not in name and not name.startswith("~")
 
 
 def missing_files(manifest: Manifest, folder: Path, stores: Sequence[Path]) -> list[str]:
@@ -199,7 +200,7 @@ def holder(name: str, stores: Sequence[Path]) -> Path:
 def read_receipt(run_folder: Path, stage: str) -> Receipt | None:
     """Return the run's receipt for `stage`; None when absent or unreadable (it is only a pointer)."""
     try:
-        return msgspec.json.decode((run_folder / f"{stage}.json").read_bytes(), type=Receipt)
+        return msgspec.json.decode(read_regular(run_folder / f"{stage}.json"), type=Receipt)
     except (OSError, *UNREADABLE):
         return None
 

@@ -8,6 +8,7 @@ list says what must come next, byte for byte, so there is no directory to lie an
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from schemas.base import UNREADABLE, Strict
-from schemas.errors import Damaged
+from schemas.errors import BadConfig, Damaged, Stale
 from schemas.manifest import FileRecord, Manifest
-from stages.contract.artifacts import MANIFEST, read_manifest
+from schemas.run import Config, RunName
+from stages.contract.artifacts import MANIFEST, read_manifest, record, stays_inside
+from stages.contract.config import load_config
 from stages.contract.digests import canonical_json, sha256_bytes
 from stages.contract.trust import inside, read_regular
 
@@ -28,6 +31,7 @@ PIPELINE = "pipeline.toml"
 SOURCES = "sources"
 STORE = "store"
 PURPOSE = "flux2-lora-bundle"
+BUNDLED = ("validate", "encode-latents", "encode-text")
 SUFFIX = ".zip"
 MOST_LIST_BYTES = 64 << 20
 # The earliest date a zip can hold.
@@ -41,12 +45,13 @@ class Bundle(Strict, frozen=True):
     """What `bundle.json` says: the run, the key of each stage's artifact, and every other member."""
 
     format: Literal[1]
-    run: str
+    run: RunName
     artifacts: dict[str, str]
     files: dict[str, FileRecord]
 
 
 Member = tuple[str, bytes]
+Stored = tuple[Path, FileRecord]
 
 
 def listed(run: str, manifests: Iterable[Manifest], members: Iterable[tuple[str, FileRecord]]) -> bytes:
@@ -95,6 +100,8 @@ def parse(data: bytes, path: Path) -> Bundle:
         raise _damaged("bundle.list", f"{LIST} is not a bundle's", path, str(error)) from error
     if canonical_json(bundle) != data or list(bundle.files) != sorted(bundle.files):
         raise _damaged("bundle.list", f"{LIST} is not as it is written here", path)
+    if set(bundle.artifacts) != set(BUNDLED):
+        raise _damaged("bundle.list", "these are not the artifacts of a bundle", path, ", ".join(bundle.artifacts))
     for name in bundle.files:
         parts = inside(name).parts
         source = parts[0] == SOURCES and parts[-1].endswith(".json")
@@ -103,15 +110,45 @@ def parse(data: bytes, path: Path) -> Bundle:
     return bundle
 
 
-def check_artifacts(folder: Path, bundle: Bundle) -> list[Manifest]:
-    """Return the manifests of an unpacked bundle: every file of theirs is in it, and no other. Raises Damaged."""
+def check_pipeline(folder: Path, bundle: Bundle, path: Path) -> Config:
+    """Return the configuration of the bundle `path`, unpacked in `folder`.
+
+    Raises Damaged unless it is of that run, and names no place but those below it.
+    """
+    try:
+        config = load_config(folder / PIPELINE)
+    except BadConfig as error:
+        raise _damaged("bundle.pipeline", f"{PIPELINE} cannot be read", path, error.faults[0].what) from error
+    if config.run.name != bundle.run:
+        raise _damaged("bundle.pipeline", f"{PIPELINE} is of another run than the list says", path)
+    model = config.model
+    places = [
+        config.validate.dataset,
+        config.validate.class_dataset,
+        config.train.init_lora,
+        config.preview.distilled,
+    ]
+    places += [model.source, model.transformer, model.autoencoder, model.text_encoder, model.tokenizer]
+    if outside := [each for each in places if each is not None and not stays_inside(each)]:
+        raise _damaged("bundle.pipeline", f"{PIPELINE} names a place outside the bundle", path, outside[0])
+    return config
+
+
+def check_artifacts(folder: Path, bundle: Bundle, path: Path) -> list[Manifest]:
+    """Return the manifests of the bundle `path`, unpacked in `folder`: every file of theirs is in it, and no other.
+
+    Raises Damaged.
+    """
     manifests: list[Manifest] = []
     needed: dict[str, FileRecord | None] = {}
     for stage, key in bundle.artifacts.items():
         base = f"{STORE}/{inside(f'{stage}/{key}')}"
-        manifest = read_manifest(folder / base)
+        try:
+            manifest = read_manifest(folder / base)
+        except (Damaged, Stale) as error:
+            raise _damaged("bundle.artifact", error.faults[0].what, path, base) from error
         if (manifest.stage, manifest.key) != (stage, key):
-            raise _damaged("bundle.artifact", "an artifact is another one than the list says", folder, base)
+            raise _damaged("bundle.artifact", "an artifact is another one than the list says", path, base)
         needed |= {f"{base}/{MANIFEST}": None}
         needed |= {f"{base}/{name}": entry for name, entry in manifest.files.items()}
         needed |= {f"{STORE}/{name}": entry for name, entry in manifest.fragments.items()}
@@ -119,17 +156,22 @@ def check_artifacts(folder: Path, bundle: Bundle) -> list[Manifest]:
     there = {name: entry for name, entry in bundle.files.items() if name.startswith(f"{STORE}/")}
     for name in sorted({*there, *needed}):
         if name not in needed or name not in there or needed[name] not in (None, there[name]):
-            what = "a file that no artifact names" if name not in needed else "a file of an artifact is missing"
-            raise _damaged("bundle.files", what, folder, name)
+            what = "a file of an artifact is not the one its manifest lists"
+            what = "a file of an artifact is missing" if name not in there else what
+            what = "a file that no artifact names" if name not in needed else what
+            raise _damaged("bundle.files", what, path, name)
     return manifests
 
 
-def members_of(store: Callable[[str], Path], manifest: Manifest, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the name and place of every file of an artifact; `store(name)` is the store that has a fragment."""
+def members_of(store: Callable[[str], Path], manifest: Manifest, folder: Path) -> Iterator[tuple[str, Stored]]:
+    """Yield the name of every file of an artifact, where it lies, and what it is to be.
+
+    `store(name)` is the store that has a fragment.
+    """
     base = f"{STORE}/{manifest.stage}/{manifest.key}"
-    yield f"{base}/{MANIFEST}", folder / MANIFEST
-    yield from ((f"{base}/{name}", folder / name) for name in manifest.files)
-    yield from ((f"{STORE}/{name}", store(name) / name) for name in manifest.fragments)
+    yield f"{base}/{MANIFEST}", (folder / MANIFEST, record(folder / MANIFEST))
+    yield from ((f"{base}/{name}", (folder / name, entry)) for name, entry in manifest.files.items())
+    yield from ((f"{STORE}/{name}", (store(name) / name, entry)) for name, entry in manifest.fragments.items())
 
 
 def _from_folder(path: Path, bundle: Bundle) -> Iterator[Member]:
@@ -161,7 +203,9 @@ def _next(file: BinaryIO, name: str, size: int | None, path: Path) -> bytes:
     expected = info.FileHeader(zip64=size * ZIP64_SHARE > zipfile.ZIP64_LIMIT)
     if head + file.read(len(expected) - HEADER_BYTES) != expected:
         raise _damaged("bundle.member", f"expected {name} next", path, "this is no bundle, or it was changed")
-    data = file.read(size)
+    # Asked for more than there is, Python would make room for all of it first.
+    there = os.fstat(file.fileno()).st_size - file.tell()
+    data = file.read(min(size, there))
     if len(data) != size:
         raise _damaged("bundle.truncated", "the bundle is cut off", path, f"in {name}")
     return data

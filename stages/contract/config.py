@@ -65,6 +65,11 @@ def located(name: str, base: Path) -> Path:
         return base / name
 
 
+def run_name(path: Path) -> str:
+    """Return the run that a file stands for: its stem with everything but letters, digits and dashes as a dash."""
+    return re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:64] or "lora"
+
+
 def is_folder(path: Path) -> bool:
     """Return whether a folder lies there; a name too long for the file system names none."""
     try:

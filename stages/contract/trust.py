@@ -18,7 +18,7 @@ import msgspec
 from schemas.base import UNREADABLE, Strict
 from schemas.errors import Damaged, Untrusted
 from schemas.manifest import FileRecord, Manifest
-from stages.contract.artifacts import MANIFEST, read_manifest
+from stages.contract.artifacts import MANIFEST, read_manifest, stays_inside
 from stages.contract.digests import canonical_json, sha256_bytes
 from stages.contract.job import Job
 from stages.contract.publish import publish_file, publish_folder, workspace, write_file
@@ -207,8 +207,7 @@ def _copy(source: Path, name: str, entry: FileRecord, target: Path) -> None:
 def inside(name: str, below: str = "") -> PurePosixPath:
     """Return a name from a manifest as a path. Raises Damaged when it could lead out of where it belongs."""
     path = PurePosixPath(name)
-    plain = name == str(path) and not path.is_absolute() and path.parts and not {"..", "."} & {*path.parts}
-    if not plain or "\0" in name or "\\" in name or (below and (path.parts[0] != below or len(path.parts) < 3)):
+    if not stays_inside(name) or (below and (path.parts[0] != below or len(path.parts) < 3)):
         raise _damaged("manifest.name", "a name that leads out of the store", name)
     return path
 
