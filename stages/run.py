@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from schemas import results
-from schemas.errors import BadConfig, Fault
+from schemas.errors import BadConfig, Fault, NoResources
 from schemas.events import VARIABLE
 from schemas.manifest import Result
 from schemas.run import Config
@@ -60,6 +60,8 @@ OPTIONS = {
 SETTING = re.compile(rf"(?<![\[.\w])({'|'.join(map(re.escape, OPTIONS))})(?!\.?\w)( = )?")
 # Exit codes above this are of processes that a signal stopped.
 SIGNALLED = 128
+# What the system does where memory runs out: it kills, or an allocation that nobody checked ends in nothing.
+KILLED = tuple(SIGNALLED + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT))
 HEADER = """# Written by `flux2-lora run`; {digest}
 # It stands for that command: copy it to change more settings, and run the stages with --config.
 
@@ -162,7 +164,10 @@ def plan_only(options: dict[str, Any], name: str) -> tuple[Result, int]:
 
 
 def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int, list[Result]]:
-    """Run the six stages in order under one display; return the first failure's exit code and all results."""
+    """Run the six stages in order under one display; return the first failure's exit code and all results.
+
+    Raises NoResources when the system ends a stage.
+    """
     told: list[Result] = []
     with ChainDisplay(STAGES, quiet=quiet).shown() as display:
         for stage in STAGES:
@@ -171,13 +176,26 @@ def run_chain(config: Path, places: Sequence[str], *, quiet: bool) -> tuple[int,
             with contextlib.suppress(msgspec.DecodeError):
                 told.append(msgspec.json.decode(printed, type=Result))
             display.finish(stage, _status(code, told[-1] if told else None))
+            if code in KILLED:
+                raise _died(stage, code - SIGNALLED)
             if code:
                 return code, told
     return 0, told
 
 
+def _died(stage: str, number: int) -> NoResources:
+    """Return the error of a stage that could not say why it ended."""
+    return NoResources(
+        "stage.died",
+        f"the system ended {stage}",
+        why=f"by {signal.Signals(number).name}, as it does when there is no memory left",
+        fix="close other programs, or ask for less: --batch-size, --resolution, --rank, or a pipeline of your own with "
+        "model.quantize; the same command goes on from what is saved",
+    )
+
+
 def _status(code: int, result: Result | None) -> Status:
-    if code > SIGNALLED:
+    if code > SIGNALLED and code not in KILLED:
         return "stopped"
     return "failed" if code or result is None else result.status
 

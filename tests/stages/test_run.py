@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,24 @@ def test_stage_that_fails_ends_the_run_with_its_fault_and_exit_code(project: Pro
     assert (ran.code, ran.result["status"], ran.error) == (3, "failed", "picture.truncated")
     assert "error[picture.truncated] the picture is cut off (bob.png)" in ran.stderr
     assert "encode-latents" not in ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_stage_that_the_system_ends_has_a_remedy_and_goes_on(
+    project: Project, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """So dies what finds no memory: by the kernel's hand, or by its own."""
+    python = project.root / "python"
+    dies = f'case "$*" in *"stages encode-text "*) kill -{number.value} $$;; esac'
+    python.write_text(f'#!/bin/sh\n{dies}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(python))
+        ran = run(project)
+    assert (ran.code, ran.error) == (7, "stage.died")
+    assert f"error[stage.died] the system ended encode-text: by {number.name}" in ran.stderr
+    assert [line for line in ran.stderr.splitlines() if line.startswith("encode-text") and line.endswith("failed")]
+    assert run(project).code == 0
 
 
 def test_stage_speaks_of_the_options_of_run(project: Project) -> None:
