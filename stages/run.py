@@ -189,8 +189,8 @@ def _died(stage: str, number: int) -> NoResources:
         "stage.died",
         f"the system ended {stage}",
         why=f"by {signal.Signals(number).name}, as it does when there is no memory left",
-        fix="close other programs, or ask for less: --batch-size, --resolution, --rank, or a pipeline of your own with "
-        "model.quantize; the same command goes on from what is saved",
+        fix="close other programs, or ask for less: --batch-size, --resolution, --rank, or model.quantize in a "
+        "pipeline of your own; the same command goes on from what is saved",
     )
 
 
