@@ -25,6 +25,10 @@ def in_order(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda each: COUNTED.index(each[0]) if each[0] in COUNTED else len(COUNTED))
 
 
+# Of a receipt's key a path is made.
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
 class FileRecord(Strict, frozen=True):
     """Size in bytes and sha256 of one file."""
 
@@ -76,7 +80,7 @@ class Receipt(Strict, frozen=True):
     """Which artifact a run uses now for one stage."""
 
     stage: str
-    key: str
+    key: Digest
     digest: str
 
 

@@ -198,11 +198,12 @@ def holder(name: str, stores: Sequence[Path]) -> Path:
 
 
 def read_receipt(run_folder: Path, stage: str) -> Receipt | None:
-    """Return the run's receipt for `stage`; None when absent or unreadable (it is only a pointer)."""
+    """Return the run's receipt for `stage`; None when absent, unreadable or another's (it is only a pointer)."""
     try:
-        return msgspec.json.decode(read_regular(run_folder / f"{stage}.json"), type=Receipt)
+        receipt = msgspec.json.decode(read_regular(run_folder / f"{stage}.json"), type=Receipt)
     except (OSError, *UNREADABLE):
         return None
+    return receipt if receipt.stage == stage else None
 
 
 def write_receipt(run_folder: Path, manifest: Manifest) -> None:

@@ -277,6 +277,12 @@ def regular(path: str, flags: int) -> int:
     return descriptor
 
 
+def read_regular(path: Path) -> bytes:
+    """Return a file's bytes. Raises OSError as `regular` does, where an ordinary open would wait for a pipe's writer."""
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
+
+
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -140,6 +140,22 @@ def test_nothing_is_deleted_while_a_stage_works_on_the_store(moved_on: Project) 
     assert gc(moved_on, "--delete")[1]["counts"]["deleted"] == 8
 
 
+@pytest.mark.parametrize("key", ["../../../elsewhere", "..", "/etc", "", "A" * 64])
+def test_receipt_whose_key_leads_elsewhere_stops_everything(moved_on: Project, key: str) -> None:
+    """Looked for there, its artifact would be nobody's here."""
+    receipt = moved_on.results / "train.json"
+    listed = msgspec.json.decode(receipt.read_bytes())
+    receipt.write_bytes(msgspec.json.encode({**listed, "key": key}))
+    before = listing(moved_on.store / "train")
+    exit_code, result, _ = gc(moved_on, "--delete")
+    assert (exit_code, result["error"]["code"]) == (4, "gc.receipt")
+    assert listing(moved_on.store / "train") == before
+    assert moved_on.run("verify").error == "receipt.unreadable"
+    # As the remedy says.
+    assert moved_on.run("train").code == 0
+    assert gc(moved_on)[0] == 0
+
+
 @pytest.mark.parametrize(("name", "code"), [("train.json", "gc.receipt"), ("trajectory.json", "gc.note")])
 def test_run_that_cannot_be_read_stops_everything(moved_on: Project, name: str, code: str) -> None:
     (moved_on.results / name).write_text("{")
