@@ -155,7 +155,7 @@ def _meant(error: OSError, path: Path) -> Path:
         named = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
         if named is not None and TEMPORARY not in named.parts and named.suffix != TEMPORARY:
             return named
-    return path
+    return next((each.parent for each in path.parents if each.name == TEMPORARY), path)
 
 
 def _refusal(error: OSError, where: Path) -> NoResources | None:

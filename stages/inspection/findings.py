@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from schemas.errors import Damaged, Fault, StageError, Stale, Stopped, Untrusted
+from schemas import results
+from schemas.errors import Damaged, Fault, NoResources, StageError, Stale, Stopped, Untrusted
 from schemas.manifest import FileRecord, Manifest
 from stages.contract.digests import sha256_file
 from stages.contract.job import Job
 from stages.inspection.depth import Depth
+from stages.training.control import who_trains
 
 Artifact = tuple[Manifest, Path]
 Chain = dict[str, Artifact]
 # What is told first, and decides the exit code: damage, then trust, then lineage.
 ORDER = (Damaged, Untrusted, Stale)
+# In the run folder, written anew while training goes on.
+LIVE = (results.METRICS, results.CURVES, results.PREVIEWS, results.LATEST_PREVIEW)
 
 
 @dataclass
@@ -85,6 +90,24 @@ class Inspection:
         else:
             return True
         return False
+
+    def result(self, name: str, entry: FileRecord, stage: str) -> None:
+        """Check a file of the run folder that `stage` puts there.
+
+        Not one that a training under way writes as it goes: it is of that training then.
+        """
+        if name in LIVE and self.under_way:
+            self.leave_out("what the training under way writes into the run folder")
+        else:
+            self.file(self.job.run_folder / name, entry, name, self.job.remedy(stage))
+
+    @cached_property
+    def under_way(self) -> bool:
+        """Whether somebody trains in the run folder; where nobody can say, nobody does."""
+        try:
+            return who_trains(self.job.run_folder) is not None
+        except NoResources:
+            return False
 
     def sound(self, *paths: Path) -> bool:
         """Whether none of these files was found damaged: only then does it help to look into them."""

@@ -152,7 +152,7 @@ def check_pictures_drawn(inspection: Inspection, chain: Chain) -> None:
     if last := shown.get(results.preview(max(drawn(preview), default=0))):
         shown[results.LATEST_PREVIEW] = last
     for name, entry in shown.items():
-        inspection.file(job.run_folder / name, entry, name, job.remedy("preview"))
+        inspection.result(name, entry, "preview")
 
 
 def _index(folder: Path) -> Iterator[_Shown]:

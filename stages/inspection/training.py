@@ -41,7 +41,6 @@ COPIES = {LORA: results.lora, EMA: results.ema}
 
 def check_training(inspection: Inspection, chain: Chain) -> None:
     """Check the results of training, and the checkpoints that the run shows."""
-    job = inspection.job
     begun = _begun(inspection)
     finished = trajectory_of(chain["train"][0].params, chain["train"][0].inputs) if "train" in chain else ""
     if begun not in ("", finished):
@@ -54,7 +53,7 @@ def check_training(inspection: Inspection, chain: Chain) -> None:
     if begun in ("", finished):
         for name, entry in train.files.items():
             if name not in COPIES:
-                inspection.file(job.run_folder / name, entry, name, job.remedy("train"))
+                inspection.result(name, entry, "train")
         with inspection.noting():
             _checkpoints(inspection, chain)
     if not inspection.depth.quick and inspection.sound(folder / METRICS):

@@ -83,6 +83,14 @@ def test_what_may_not_be_read_is_told_from_what_may_not_be_written(
     assert (fault.what, fault.where, fault.fix) == ("cannot read", str(path), "make it readable, or name another")
 
 
+def test_disk_that_is_full_under_work_names_the_store(tmp_path: Path) -> None:
+    state = tmp_path / "store" / ".tmp" / "work" / "state"
+    for named in (state, state.parent):
+        with pytest.raises(NoResources) as raised, no_resources(named):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(state))
+        assert raised.value.faults[0].where == str(tmp_path / "store")
+
+
 def test_errors_of_other_kinds_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), workspace(tmp_path):
         (tmp_path / "none").read_bytes()

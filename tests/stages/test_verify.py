@@ -15,8 +15,10 @@ import pytest
 from stages.inspection import files
 from stages.inspection.findings import Inspection
 from stages.stores.tensors import Tensor, load, save
+from stages.training.loop import Line
+from stages.training.recorder import Recorder
 from tests.faults.mutants import resealed_checkpoint
-from tests.stages.project import Project, draw, flip, listing, stop_after, truncate
+from tests.stages.project import Project, Ran, draw, flip, listing, stop_after, truncate
 
 Harm = Callable[[Path], None]
 
@@ -216,6 +218,22 @@ def test_training_begun_anew_and_not_finished_is_lineage_not_damage(project: Pro
         assert project.run("train", sets=sets).code == 143
     ran = project.run("verify")
     assert (ran.code, [finding["code"] for finding in ran.result["findings"]]) == (5, ["train.unfinished"])
+
+
+def test_training_that_is_extended_meanwhile_is_no_damage(project: Project) -> None:
+    record, found = Recorder.line, list[Ran]()
+
+    def line(recorder: Recorder, line: Line) -> None:
+        record(recorder, line)
+        if line["step"] == 7:
+            found.append(project.run("verify"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "line", line)
+        project.make("train", sets=("train.steps=8",))
+    [ran] = found
+    assert (ran.code, ran.counts["errors"]) == (0, 0), ran.stderr
+    assert "what the training under way writes into the run folder" in ran.stderr
 
 
 def test_loras_of_an_older_training_are_a_hint_and_said_before_another_begins(project: Project) -> None:
