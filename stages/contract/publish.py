@@ -278,7 +278,7 @@ def regular(path: str, flags: int) -> int:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return a file's bytes. Raises OSError as `regular` does, where an ordinary open would wait for a pipe's writer."""
+    """Return a file's bytes. Raises OSError as `regular` does: an ordinary open would wait for a pipe's writer."""
     with open(path, "rb", opener=regular) as file:
         return file.read()
 

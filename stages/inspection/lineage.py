@@ -13,6 +13,7 @@ from schemas.errors import Damaged, Stale
 from schemas.manifest import Manifest, Receipt
 from stages.contract.artifacts import find, read_manifest, receipt_bytes
 from stages.contract.digests import digest_of
+from stages.contract.publish import read_regular
 from stages.contract.runner import STAGES, load_stage
 from stages.inspection.findings import Artifact, Chain, Inspection
 
@@ -93,7 +94,7 @@ def _receipt(inspection: Inspection, path: Path, stage: str) -> Receipt | None:
     """Return a receipt that is to the byte what was written; else note it."""
     inspection.checked += 1
     try:
-        data = b"" if path.is_symlink() else path.read_bytes()
+        data = read_regular(path)
         receipt = msgspec.json.decode(data, type=Receipt)
     except (OSError, *UNREADABLE):
         receipt = None

@@ -20,6 +20,7 @@ from schemas.errors import BadConfig, Damaged, Stale
 from schemas.manifest import Manifest
 from stages.contract.artifacts import MANIFEST, read_manifest
 from stages.contract.job import Job
+from stages.contract.publish import read_regular
 from stages.flux2.identity import model_of
 from stages.outlook.chain import Ahead
 from stages.outlook.needs import drawn_in_training, to_do
@@ -166,7 +167,7 @@ def read_bench(path: Path) -> list[_Measured]:
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     try:
-        return [msgspec.json.decode(line) for line in (folder / results.METRICS).read_bytes().splitlines()]
+        return [msgspec.json.decode(line) for line in read_regular(folder / results.METRICS).splitlines()]
     except (OSError, *UNREADABLE):
         return []
 

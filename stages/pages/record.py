@@ -19,6 +19,7 @@ from schemas.manifest import Manifest
 from schemas.run import Config
 from stages.contract.artifacts import find, read_manifest, read_receipt
 from stages.contract.config import load_config
+from stages.contract.publish import read_regular
 from stages.training.checkpoints import list_checkpoints, trajectory_of
 from stages.training.control import who_trains
 from stages.training.note import read_note
@@ -114,7 +115,7 @@ def read_metrics(path: Path) -> tuple[list[Line], int]:
     A last line without its end is being written now, and is neither.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError:
         return [], 0
     lines: list[Line] = []
@@ -190,7 +191,7 @@ def _training(folder: Path, stores: Sequence[Path], train: Manifest | None, rema
 
 def _verified(path: Path, remarks: list[str]) -> Verified | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Verified)
+        return msgspec.json.decode(read_regular(path), type=Verified)
     except FileNotFoundError:
         return None
     except (OSError, *UNREADABLE):

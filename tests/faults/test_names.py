@@ -214,6 +214,21 @@ def test_name_of_255_bytes_works_and_a_path_too_long_is_an_error(project: Projec
     assert (ran.code, ran.error) == (2, "dataset.class_folder")
 
 
+@pytest.mark.parametrize("name", ["train.json", "validate.json", "metrics.jsonl", "verify.json"])
+def test_pipe_where_a_result_lies_keeps_nobody_waiting(project: Project, name: str) -> None:
+    project.make("validate", "encode-latents", "encode-text", "train")
+    (project.results / name).unlink(missing_ok=True)
+    os.mkfifo(project.results / name)
+    places = ("--store", str(project.store), "--runs", str(project.root / "runs"))
+    started = time.monotonic()
+    assert command("report", project.name, *places, "--json").code == 0
+    # What it cannot read it must not take for nothing that is used.
+    assert command("gc", *places, "--json").code == (4 if name in ("train.json", "validate.json") else 0)
+    for ran in (project.run("why", "train"), project.run("plan"), project.run("verify")):
+        assert ran.code in (0, 4, 5), ran.stderr
+    assert time.monotonic() - started < 30
+
+
 PLANTED: dict[str, Callable[[Project], Path]] = {
     "lora": lambda project: project.lora,
     "receipt": lambda project: project.results / "validate.json",
