@@ -33,7 +33,7 @@ def hold(path: Path, *, wait: bool, waiting: Callable[[str], None]) -> Generator
                     "another process is at work here",
                     where=path.stem,
                     why=holder,
-                    fix="let it finish, or wait for it with --wait",
+                    fix="let it finish, then give the same command again; a stage or gc waits for it with --wait",
                 )
             waiting(f"waiting for {holder}")
             take(file, fcntl.LOCK_EX, path)
