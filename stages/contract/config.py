@@ -82,7 +82,8 @@ def _parse(path: Path) -> dict[str, Any]:
     where = str(path)
     try:
         if not path.is_file():
-            raise BadConfig("config.absent", "no such configuration file", where=where, fix="name a .toml file")
+            what = "the configuration is not a file" if path.exists() else "no such configuration file"
+            raise BadConfig("config.absent", what, where=where, fix="name a .toml file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:

@@ -106,6 +106,8 @@ def test_configuration_that_is_no_file_ends_with_2_at_once(tmp_path: Path, shape
     ran = project.run("validate")
     assert (ran.code, time.monotonic() - started < 2) == (2, True)
     assert ERROR.fullmatch(ran.stderr.strip())
+    assert ("no such" in ran.stderr) is (shape in ("absent", "loop"))
+    assert ("not a file" in ran.stderr) is (shape in ("pipe", "folder", "device"))
 
 
 @pytest.mark.parametrize(
