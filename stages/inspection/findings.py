@@ -114,8 +114,8 @@ class Inspection:
         return not self.unsound & set(paths)
 
     def sorted_errors(self) -> list[tuple[type[StageError], Fault]]:
-        """Return the errors, damage before trust before lineage."""
-        return sorted(self.errors, key=lambda each: ORDER.index(each[0]) if each[0] in ORDER else 0)
+        """Return the errors, each once though several looks met it, damage before trust before lineage."""
+        return sorted(dict.fromkeys(self.errors), key=lambda each: ORDER.index(each[0]) if each[0] in ORDER else 0)
 
 
 def content(path: Path) -> str:

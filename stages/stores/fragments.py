@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -102,7 +102,9 @@ def refuse_links(store: Path, path: Path, blame: Blame) -> None:
         if each == store:
             return
         if each.is_symlink():
-            raise blame.error("symlink", "a symbolic link inside the store", f"expected a real {each.name}")
+            # Encoding again would write through it, and change nothing.
+            linked = replace(blame, fix=f"replace the link {each} by what it leads to")
+            raise linked.error("symlink", "a symbolic link inside the store", f"expected a real {each.name}")
 
 
 def whole_records(

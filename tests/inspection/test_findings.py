@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from schemas.errors import Damaged
+from schemas.errors import Damaged, Stale
 from schemas.run import Config
 from schemas.tables import DATASET
 from schemas.validate import Validate
 from stages.contract.job import Job
-from stages.inspection.depth import depth_of
+from stages.inspection.depth import Depth, depth_of
 from stages.inspection.findings import Inspection
 from stages.stores.tables import read_table
 
@@ -23,3 +23,18 @@ def test_remedy_of_what_the_store_finds_repeats_the_command_line(tmp_path: Path)
     [(kind, fault)] = inspection.errors
     assert kind is Damaged
     assert fault.fix == "flux2-lora validate --config 'my cat.toml' --set train.rank=4 --force"
+
+
+def test_fault_that_several_looks_meet_is_told_once(tmp_path: Path) -> None:
+    inspection = Inspection(
+        Job(Config(validate=Validate(dataset=".")), Path("cat.toml"), tmp_path, tmp_path), Depth()
+    )
+    for stage in ("train", "preview", "train"):
+        inspection.error(Stale, "chain.broken", f"{stage} is old", tmp_path, "run it")
+    with inspection.noting():
+        raise Damaged("file.changed", "a file is damaged")
+    assert [fault.what for _, fault in inspection.sorted_errors()] == [
+        "a file is damaged",
+        "train is old",
+        "preview is old",
+    ]
