@@ -7,6 +7,7 @@ Letters: C channels, H and W the latent's height and width.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -143,9 +144,14 @@ def _write_array(folder: Path, array: Array, latents: list[np.ndarray]) -> None:
 
     folder.mkdir()
     (folder / METADATA).write_bytes(array.document())
-    # zarr would leave out a sample of zeros, and an absent one cannot be told from a lost one.
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        zarr.open_array(folder, mode="r+")[...] = np.stack(latents)
+    samples = np.stack(latents)
+    try:
+        # zarr would leave out a sample of zeros, and an absent one cannot be told from a lost one.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            zarr.open_array(folder, mode="r+")[...] = samples
+    except ValueError as error:
+        # It reads its metadata back, as JSON.
+        raise OSError(errno.EIO, "what was just written cannot be read", str(folder / METADATA)) from error
     _check_size(folder / SHARD, array, KIND.blame(array.fragment()))
 
 

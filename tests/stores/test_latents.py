@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.errors import Damaged
+from schemas.errors import Damaged, NoResources
 from stages.contract.digests import sha256_bytes, sha256_file
 from stages.stores.latents import LatentReader, LatentRow, fragment_files, scan_latents, write_latents
 from tests.stores.damage import flipped_bits, not_plain_files, other_lengths, zeroed_pages
@@ -135,6 +135,13 @@ def test_what_is_no_fragment_is_not_written(store: Path, records, dtype):
     with pytest.raises(ValueError, match=r"fragment|records are given"):
         write_latents(store, records, dtype)
     assert not (store / "fragments").exists()
+
+
+def test_metadata_that_the_disk_does_not_give_back_is_no_fragment(store: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("zarr.open_array", lambda *_, **__: json.loads(""))
+    with pytest.raises(NoResources, match=r"disk\.failed.*cannot be read"):
+        write_latents(store, latents(1), "float32")
+    assert scan_latents(store) == {}
 
 
 def test_writing_again_mends_a_damaged_fragment(store: Path, rows: list[LatentRow]):
