@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from msgspec import Meta
 
-from schemas.base import Strict
+from schemas.base import TEXT, Strict
 
 Weight = Annotated[float, Meta(gt=0.0, le=1000.0)]
-# No pattern, as a prompt has: beside an array msgspec 0.22 takes another object for it, and crashes.
 ClassWord = Annotated[str, Meta(min_length=1, max_length=64)]
 ClassWords = Annotated[tuple[ClassWord, ...], Meta(min_length=1, max_length=64)]
 
@@ -69,6 +69,12 @@ class Output(Strict, frozen=True, tag_field="kind", tag="output"):
     class_word: ClassWord | ClassWords
     every: Annotated[int, Meta(ge=1, le=1000)] = 1
     weight: Weight = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for control characters: msgspec 0.22 crashes over a pattern of text beside an array."""
+        words = [self.class_word] if isinstance(self.class_word, str) else self.class_word
+        if not all(re.match(TEXT, word) for word in words):
+            raise ValueError("class_word holds a control character")
 
 
 class Prior(Strict, frozen=True, tag_field="kind", tag="prior"):

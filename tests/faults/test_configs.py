@@ -41,6 +41,8 @@ LINES = {
     "[run]\nseed = -1": "config.wrong_value",
     '[preview]\nprompts = ["a\\u0000b"]': "config.wrong_value",
     '[preview]\nprompts = ["\\u001b[31mred"]': "config.wrong_value",
+    '[train.preservation]\nkind = "output"\nclass_word = "c\\u009b2J"': "config.wrong_value",
+    '[train.preservation]\nkind = "output"\nclass_word = ["cat", "\\u0000"]': "config.wrong_value",
     f"[run]\n{'a.' * 20_000}b = 1": "config.too_deep",
     f"x = {'[' * 50_000}": "config.too_deep",
     f"# {'x' * (10 << 20)}": "config.too_large",
