@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from schemas.adapter import Adapter as Spec
-from schemas.adapter import LoKr, LoRA
+from schemas.adapter import LoKr
 from schemas.train import Train
 from stages.flux2.transformer import Transformer
 from stages.lora.continuing import require_match
@@ -28,8 +28,7 @@ def attach(transformer: Transformer, settings: Train, *, seed: int, start: Facto
     transformer.freeze()
     spec, shapes = settings.adapter, linear_shapes(transformer.config)
     targets = sizes(transformer.config, settings)
-    if isinstance(spec, LoRA) and spec.init == "pissa":
-        require_rank(transformer.config, targets)
+    require_rank(spec, transformer.config, targets)
     if start is not None:
         require_match(spec, transformer.config, targets, start)
     parts = by_module(start or {})

@@ -97,19 +97,24 @@ def principal(weight: mx.array, rank: int, key: mx.array) -> tuple[mx.array, mx.
     return a, b
 
 
-def require_rank(config: TransformerConfig, sizes: dict[str, Size]) -> None:
-    """Raise BadConfig unless every linear is large enough to have as many principal directions as its rank."""
+def require_rank(spec: Spec, config: TransformerConfig, sizes: dict[str, Size]) -> None:
+    """Raise BadConfig for ranks above the smaller side of their linear, which has no more directions than that.
+
+    PiSSA, which starts with as many, can have none of them; of the others some linears may be small, but not all.
+    """
     shapes = linear_shapes(config)
-    small = [name for name, size in sizes.items() if size.rank > min(shapes[name])]
-    if small:
-        most = min(min(shapes[name]) for name in small)
-        raise BadConfig(
-            "train.rank_too_large",
-            "PiSSA cannot start with a rank above a linear's size",
-            where="train.rank",
-            why=f"{named(small)}: at most {most}",
-            fix=f"set train.rank = {most} or less there",
-        )
+    small = {name: min(shapes[name]) for name, size in sizes.items() if size.rank > min(shapes[name])}
+    pissa = isinstance(spec, LoRA) and spec.init == "pissa"
+    if not small or isinstance(spec, LoKr) or not (pissa or len(small) == len(sizes)):
+        return
+    most = min(small.values()) if pissa else max(small.values())
+    raise BadConfig(
+        "train.rank_too_large",
+        "PiSSA cannot start with a rank above a linear's size" if pissa else "no linear is as large as its rank",
+        where="train.rank",
+        why=f"{named(list(small))}: at most {most}",
+        fix=f"set train.rank = {most} or less there",
+    )
 
 
 def _zero_product(

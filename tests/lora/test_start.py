@@ -16,7 +16,7 @@ from stages.lora.formats.read import read
 from stages.lora.layer import Factors, LoRALinear, PiSSALinear, dense
 from stages.lora.merge import assign, attach, portable, trainable
 from stages.lora.start import fresh, principal, require_rank, scale_of
-from stages.lora.targets import Size
+from stages.lora.targets import Size, linear_shapes
 from tests.golden import tiny
 from tests.lora.velocity import random, velocity
 
@@ -118,10 +118,20 @@ def test_pissa_works_beside_a_quantized_linear() -> None:
     assert tiny.distance(layer.lora_B @ layer.lora_A, dense(quantized)) < 0.95
 
 
-def test_pissa_needs_no_more_ranks_than_a_linear_has() -> None:
-    require_rank(tiny.KLEIN, {"double_blocks.0.img_attn.proj": Size(32, 1.0)})
-    with pytest.raises(BadConfig, match=r"train\.rank = 32 or less"):
-        require_rank(tiny.KLEIN, {"double_blocks.0.img_attn.proj": Size(33, 1.0)})
+def test_rank_is_no_larger_than_some_linear_and_for_pissa_than_each() -> None:
+    proj, small = "double_blocks.0.img_attn.proj", "img_in"
+    assert [min(linear_shapes(tiny.KLEIN)[name]) for name in (proj, small)] == [32, 8]
+    pissa, dora = LoRA(init="pissa"), DoRA()
+    for spec in (pissa, LoRA(), dora):
+        require_rank(spec, tiny.KLEIN, {proj: Size(32, 1.0)})
+        with pytest.raises(BadConfig, match=r"train\.rank = 32 or less"):
+            require_rank(spec, tiny.KLEIN, {proj: Size(33, 1.0)})
+    both = {proj: Size(32, 1.0), small: Size(32, 1.0)}
+    require_rank(LoRA(), tiny.KLEIN, both)
+    with pytest.raises(BadConfig, match=r"img_in: at most 8.*train\.rank = 8 or less"):
+        require_rank(pissa, tiny.KLEIN, both)
+    # Its factors are of other shapes.
+    require_rank(LoKr(), tiny.KLEIN, {proj: Size(33, 1.0)})
 
 
 def test_a_plain_lora_saves_its_scale_in_b() -> None:
