@@ -23,7 +23,7 @@ from stages.console.invocation import PATH, shared
 from stages.contract.digests import read_proved, sha256_file
 from stages.contract.formats import require_format
 from stages.contract.locks import hold
-from stages.contract.publish import make_folder, no_resources, sweep, write_file
+from stages.contract.publish import make_folder, no_resources, refuse_link, sweep, write_file
 from stages.contract.runner import store_lock
 from stages.inspection.compaction import compact, scattered
 from stages.inspection.lineage import MAKERS
@@ -52,6 +52,8 @@ def pin(store: Path, runs: Sequence[Path], name: str) -> Path:
         why = f"there are {', '.join(known) or 'none'}"
         raise BadConfig("gc.unknown_run", f"there is no run {name}", why=why, fix="name one of them")
     target = store / PINS / name
+    for folder in (target.parent, target):
+        refuse_link(folder)
     for each in names:
         if (found[0] / each).is_file():
             receipt = found[0] / each

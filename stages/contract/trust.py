@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from schemas.base import UNREADABLE, Strict
-from schemas.errors import Damaged, Untrusted
+from schemas.errors import BadConfig, Damaged, Untrusted
 from schemas.manifest import FileRecord, Manifest
 from stages.contract.artifacts import MANIFEST, read_manifest, stays_inside
 from stages.contract.digests import canonical_json, sha256_bytes
@@ -74,8 +74,13 @@ def require_own(store: Path) -> None:
 
 
 def require_trust(also: Sequence[Path], allowed: Path | None) -> None:
-    """Raise Untrusted for stores whose word does not count, unless there are `allowed` signers to ask for."""
+    """Raise Untrusted for stores whose word does not count, unless there are `allowed` signers to ask for.
+
+    Raises BadConfig for one that is not there: all that it was to give would be made again without a word.
+    """
     for store in also:
+        if not store.is_dir():
+            raise BadConfig("also.absent", "there is no such store", where=f"--also {store}", fix="correct the path")
         why = distrusted(store)
         if why and allowed is None:
             raise Untrusted(
@@ -90,7 +95,8 @@ def require_trust(also: Sequence[Path], allowed: Path | None) -> None:
 def sign_store(store: Path, key: Path) -> int:
     """Sign for every whole artifact in `store`, in one statement; return their number.
 
-    Raises as `sign` does, and Untrusted where anyone could have put artifacts there: nobody can answer for those.
+    Raises as `sign` does, BadConfig where there is none, and Untrusted where anyone could have put artifacts there:
+    nobody can answer for those.
     """
     require_own(store)
     listed: dict[str, str] = {}
@@ -98,6 +104,9 @@ def sign_store(store: Path, key: Path) -> int:
         if not path.parent.parent.name.startswith("."):
             read_manifest(path.parent)
             listed[f"{path.parent.parent.name}/{path.parent.name}"] = sha256_bytes(path.read_bytes())
+    if not listed:
+        fix = "name the folder of artifacts, which --store does"
+        raise BadConfig("sign.nothing", "there is no artifact to sign", where=str(store), fix=fix)
     from stages.contract.signatures import sign
 
     data = canonical_json(Statement(artifacts=listed))

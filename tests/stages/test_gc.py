@@ -130,6 +130,17 @@ def test_pinned_run_keeps_what_it_used_until_the_pin_is_removed(project: Project
     assert (code, result["error"]["code"]) == (2, "gc.unknown_run")
 
 
+@pytest.mark.parametrize("link", ["pins", "pins/cat"])
+def test_pin_is_written_nowhere_else(moved_on: Project, link: str) -> None:
+    place, elsewhere = moved_on.store / link, moved_on.root / "elsewhere"
+    place.parent.mkdir(exist_ok=True)
+    elsewhere.mkdir()
+    place.symlink_to(elsewhere)
+    code, result, _ = gc(moved_on, "--pin", "cat")
+    assert (code, result["error"]["code"]) == (2, "output.symlink")
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_nothing_is_deleted_while_a_stage_works_on_the_store(moved_on: Project) -> None:
     before = listing(moved_on.store)
     with share(store_lock(moved_on.store), lambda _: None):

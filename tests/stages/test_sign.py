@@ -96,6 +96,23 @@ def test_store_that_anyone_may_write_to_is_not_signed(untrained: Project, tmp_pa
 
 
 @SSH
+def test_folder_without_artifacts_is_not_signed_and_stays_as_it_is(untrained: Project, tmp_path: Path) -> None:
+    ada, _ = key(tmp_path, "ada")
+    before = listing(untrained.pictures)
+    code, said = command("sign", untrained.pictures, "--key", ada, cwd=tmp_path)
+    assert (code, "error[sign.nothing]" in said) == (2, True)
+    assert listing(untrained.pictures) == before
+
+
+@pytest.mark.parametrize("name", ["nowhere", "cat.toml"])
+def test_other_store_that_is_none_is_told_before_anything_is_made(tmp_path: Path, name: str) -> None:
+    project = new_project(tmp_path / "project")
+    ran = project.run("validate", "--also", str(project.root / name))
+    assert (ran.code, ran.error) == (2, "also.absent")
+    assert not project.store.exists()
+
+
+@SSH
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives folders away")
 def test_who_signs_what_a_group_may_write_to_is_told(untrained: Project, tmp_path: Path) -> None:
     ada, _ = key(tmp_path, "ada")
