@@ -271,7 +271,10 @@ def _coming(job: Job, each: _Wanted | _WantedMask) -> LatentRow:
 
 
 def _encode(job: Job, missing: Sequence[_Wanted]) -> dict[str, LatentRow]:
-    """Encode and store what is missing; one bucket shape at a time, so that a kill loses one fragment at most."""
+    """Encode and store what is missing; one bucket shape at a time, so that a kill loses one fragment at most.
+
+    Raises RejectedInput after a fragment in which pictures give no latent, for all of those; the others are stored.
+    """
     if not missing:
         return {}
     from stages.console.progress import progress
@@ -289,10 +292,17 @@ def _encode(job: Job, missing: Sequence[_Wanted]) -> dict[str, LatentRow]:
             pending = list(group)
             for start in range(0, len(pending), MOST_RECORDS):
                 records: list[tuple[str, np.ndarray]] = []
+                faults: list[Fault] = []
                 for each in pending[start : start + MOST_RECORDS]:
-                    records.append((each.key, _latent(job, autoencoder, each)))
+                    try:
+                        records.append((each.key, _latent(job, autoencoder, each)))
+                    except RejectedInput as error:
+                        faults += error.faults
                     bar.advance(1, note=each.item["path"])
-                written |= {row.latent_key: row for row in write_latents(job.store, records, dtype)}
+                if records:
+                    written |= {row.latent_key: row for row in write_latents(job.store, records, dtype)}
+                if faults:
+                    raise RejectedInput.of(faults)
     return written
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from schemas.errors import RejectedInput
 from schemas.tables import LATENT_INDEX
+from stages import encode_latents
 from stages.console.progress import Progress
+from stages.contract.job import Job
+from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.variants import MICRO
 from stages.stores.tensors import Tensor, load, save
 from tests.stages.project import Project, draw, edit, listing, new_project, rows, truncate, undefined
@@ -133,8 +138,28 @@ def test_latent_that_is_not_finite_is_refused_and_not_stored(own_model: Project)
     before = listing(own_model.store / "fragments")
     ran = own_model.run("encode-latents")
     assert (ran.code, ran.error) == (3, "latents.not_finite")
-    assert Path(ran.result["error"]["where"]).parent == own_model.pictures
+    assert ran.stderr.count("error[latents.not_finite]") == len(list(own_model.pictures.glob("*.png")))
     assert listing(own_model.store / "fragments") == before
+
+
+def test_pictures_without_a_latent_are_all_named_and_the_others_kept(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latent, wrong = encode_latents._latent, ("ada.png", "cyd.png")
+
+    def some(job: Job, autoencoder: Autoencoder, each: Any) -> np.ndarray:
+        if each.item["path"] in wrong:
+            raise RejectedInput("latents.not_finite", "the latent is not finite", where=each.item["path"])
+        return latent(job, autoencoder, each)
+
+    sets = ("validate.resolutions=[48]",)
+    project.make("validate", sets=sets)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_latents, "_latent", some)
+        ran = project.run("encode-latents", sets=sets)
+    assert (ran.code, [name in ran.stderr for name in wrong]) == (3, [True, True])
+    again = project.make("encode-latents", sets=sets)["encode-latents"]
+    assert (again.counts["encoded"], again.counts["reused"]) == (2, 2)
 
 
 def test_picture_that_finds_no_memory_ends_it_with_7_and_training_takes_no_part_for_the_whole(
