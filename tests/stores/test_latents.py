@@ -370,11 +370,8 @@ def test_a_linked_folder_inside_the_store_is_refused(store: Path, rows: list[Lat
     folder = store / Path(*Path(rows[0].fragment).parts[: level + 1])
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(Damaged, match=rf"latents\.symlink.*fix: replace the link {folder} by "):
         LatentReader([store]).read(rows[0])
-    [fault] = caught.value.faults
-    # Not to encode again: that would write through the link.
-    assert (fault.code, fault.fix.partition(" by ")[0]) == ("latents.symlink", f"replace the link {folder}")
 
 
 def test_a_linked_store_is_the_owners_choice(store: Path, rows: list[LatentRow], tmp_path: Path):
