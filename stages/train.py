@@ -198,6 +198,7 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
     from stages.stores.tensors import to_mlx
     from stages.training.checkpoints import STATE, trajectory_of
     from stages.training.control import Control
+    from stages.training.interruption import Interruption
     from stages.training.loop import Loop
     from stages.training.note import write_note
     from stages.training.preflight import preflight
@@ -226,11 +227,12 @@ def _train(job: Job, plan: Plan, start: Checkpoint | None) -> Checkpoint:
         profiling(job.flags.profile, job.run_folder) as profile,
         tracked(settings.tracking, job.run_folder, steps_done) as trackers,
     ):
-        instruments = Instruments(validator(job), profile, trackers)
+        interruption = Interruption(follows=company.follows)
+        instruments = Instruments(validator(job), profile, trackers, interruption)
         recorder = Recorder(job, plan, trainer, bar, instruments, company.named(backend.name))
         recorder.begin(start)
         hears = (recorder.line, recorder.checkpoint, recorder.measures)
-        places = {"control": control, "warn": job.warn, "profile": profile}
+        places = {"control": control, "warn": job.warn, "profile": profile, "interruption": interruption}
         history = start.metrics() if start is not None else ()
         Loop(trainer, data, settings, job.config.run.seed, *hears, **places, history=history).run()
     # The loop ends with a checkpoint of its last step.

@@ -80,6 +80,7 @@ class Loop:
     warn: Callable[[str], None] = _unheard
     profile: Profile = field(default_factory=Profile)
     history: Sequence[Mapping[str, float | None]] = ()
+    interruption: Interruption | None = None
 
     def run(self) -> None:
         """Train from the trainer's step to `settings.steps`.
@@ -97,7 +98,7 @@ class Loop:
         self._paused = False
         self._began = time.monotonic()
         self.trainer.profile = self.profile
-        with Interruption(follows=self.trainer.ranks.follows) as self._interruption:
+        with self.interruption or Interruption(follows=self.trainer.ranks.follows) as self._interruption:
             windows = self.profile.waits(ahead(lambda step: self._read(order, step), start, stop))
             for step, window in enumerate(windows, start):
                 self._take(window, step)

@@ -35,6 +35,7 @@ from stages.training.checkpoints import (
     write_checkpoint,
 )
 from stages.training.guards import Collapse, require_learnt
+from stages.training.interruption import Interruption
 from stages.training.loop import Line
 from stages.training.objective import TRAINING_GUIDANCE
 from stages.training.previews import NO_LORA, Painter, place, scene_of, write_sheet
@@ -52,6 +53,11 @@ class Instruments:
     validator: Validator | None
     profile: Profile
     trackers: Sequence[Tracker]
+    interruption: Interruption
+
+
+class _Asked(Exception):
+    """Raised while a picture is drawn when the training is asked to stop."""
 
 
 class Recorder:
@@ -69,6 +75,7 @@ class Recorder:
         self._collapse = None if validation is None else Collapse(validation, job.warn)
         self._profile = instruments.profile
         self._trackers = instruments.trackers
+        self._interruption = instruments.interruption
         self._device = device
         # Lines since the last checkpoint, which holds all before it: memory does not grow with the training.
         self._recent: list[Line] = []
@@ -210,14 +217,24 @@ class Recorder:
             transformer=lambda: self._trainer.transformer,
             decoder=lambda: load_autoencoder(model, encoder=False, decoder=True),
         )
-        with self._profile.phase(DRAW), self._bar.paused(f"drawing previews of step {step}"):
-            painter.paint(lora, digest)
-            place(self._job, scene, digest, step)
-            write_sheet(self._job.stores, scene, self._shots, self._job.run_folder / results.PREVIEWS)
-        # The decoder and the sampler's buffers would otherwise stay in MLX's cache beside the training's.
-        mx.clear_cache()
+        try:
+            with self._profile.phase(DRAW), self._bar.paused(f"drawing previews of step {step}"):
+                painter.paint(lora, digest, on_step=self._go_on)
+                place(self._job, scene, digest, step)
+                write_sheet(self._job.stores, scene, self._shots, self._job.run_folder / results.PREVIEWS)
+        except _Asked:
+            # All is saved that is to be; what is not drawn yet is left to preview.
+            return
+        finally:
+            # The decoder and the sampler's buffers would otherwise stay in MLX's cache beside the training's.
+            mx.clear_cache()
         for tracker in self._trackers:
             tracker.picture(step, self._job.run_folder / results.preview(step))
+
+    def _go_on(self, _: int) -> None:
+        """Raise _Asked between two steps of a picture when the training is to stop: a large one takes minutes."""
+        if self._interruption.signal_number is not None:
+            raise _Asked
 
 
 def _provenance(job: Job, plan: Plan, step: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from schemas.errors import Damaged
 from stages.contract.artifacts import read_manifest
 from stages.stores.tensors import Tensor, load, save
 from stages.training import previews
+from stages.training.recorder import Recorder
 from tests.stages.project import Project, contents, edit, flip, listing, truncate
 
 TWO_PROMPTS = 'preview.prompts=["a red zorb", "a blue zorb"]'
@@ -34,6 +36,31 @@ def test_one_prompt_gives_a_picture_a_step_and_the_latest(finished: Project) -> 
     latest, last = (finished.results / name for name in ("preview_latest.png", "preview_4.png"))
     assert latest.read_bytes() == last.read_bytes()
     assert pixels(last).shape == (32, 32, 3)
+
+
+def test_training_that_is_asked_to_stop_draws_no_further_and_preview_fills_in(
+    untrained: Project, finished: Project
+) -> None:
+    sets = ("preview.steps=20",)
+    go_on, drawn = Recorder._go_on, list[int]()
+
+    def stopped_at_5(recorder: Recorder, step: int) -> None:
+        drawn.append(step)
+        if recorder.last is not None and step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        go_on(recorder, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "_go_on", stopped_at_5)
+        ran = untrained.run("train", sets=sets)
+    assert (ran.code, ran.error) == (143, "run.stopped")
+    # All of the model without a LoRA, and five of the first checkpoint's.
+    assert drawn == [*range(1, 21), *range(1, 6)]
+    assert [path.name for path in (untrained.store / "checkpoints").glob("*/*")] == ["2"]
+    made = untrained.make("train", "preview", sets=sets)
+    assert made["train"].counts["resumed_from"] == 2
+    assert made["preview"].counts == {"images": 3, "rendered": 1, "reused": 2}
+    assert untrained.lora.read_bytes() == finished.lora.read_bytes()
 
 
 def test_lora_shows_in_the_pictures(finished: Project) -> None:

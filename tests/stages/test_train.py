@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -192,10 +193,10 @@ def test_pictures_that_cannot_be_drawn_end_no_training(
     """Before the first step they do: nothing is lost yet, and whoever started it still looks."""
     paint, failing = Painter.paint, [True, False]
 
-    def failed(painter: Painter, lora: Path | None, *more: object) -> int:
+    def failed(painter: Painter, lora: Path | None, *more: Any, **named: Any) -> int:
         if failing[lora is not None]:
             raise error
-        return paint(painter, lora, *more)  # type: ignore[arg-type]
+        return paint(painter, lora, *more, **named)
 
     sets = ('preview.prompts=["a red thing"]',)
     project.make("encode-text", sets=sets)
