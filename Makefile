@@ -43,7 +43,7 @@ test: $(VENV)/installed-dev
 
 # Every fault, not the samples of `make test`; ends with a table of what must hold and what was measured. An hour.
 faults: $(VENV)/installed-dev
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --full --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --full --numprocesses auto --dist loadgroup
 
 # What a LoRA learns, in figures: all pictures, variations and broken trainings. Half an hour on two cores at most.
 learn: $(VENV)/installed-dev

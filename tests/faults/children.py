@@ -41,14 +41,15 @@ class NoShim(Exception):
     """The library that fails system calls cannot be had here; the text says why."""
 
 
-def compiled(folder: Path) -> Path:
-    """Return the shim as a library. Raises NoShim."""
+def compiled(folder: Path, *more: str) -> Path:
+    """Return the shim as a library; `more` is for the compiler. Raises NoShim."""
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None or sys.platform != "linux":
         raise NoShim("failing system calls needs Linux and a C compiler")
     library = folder / "shim.so"
     subprocess.run(
-        [compiler, "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, HERE / "shim.c"], check=True
+        [compiler, "-O2", "-shared", "-fPIC", "-Wall", "-Werror", *more, "-o", library, HERE / "shim.c"],
+        check=True,
     )
     return library
 

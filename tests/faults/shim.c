@@ -5,6 +5,8 @@
  * "number side operation result path other-path\n"; the fields are separated by tabs.
  */
 #define _GNU_SOURCE
+/* Some systems' compilers define it, and then `read` and `pread` cannot be defined again. */
+#undef _FORTIFY_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>

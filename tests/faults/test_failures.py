@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from tests.faults.children import Bench, result
+from tests.faults.children import Bench, NoShim, compiled, result
 from tests.faults.conftest import Count, Measured
 from tests.faults.judge import STAGES, differences, half_published
 from tests.faults.points import calls, chosen, distinct
@@ -95,3 +96,11 @@ def test_training_goes_on_when_its_live_log_finds_no_room(bench: Bench) -> None:
             assert differences(bench.root, bench.after["train"]) == []
             return
     pytest.fail("no write of the live log was failed")
+
+
+def test_calls_can_be_failed_where_compilers_fortify_them(tmp_path: Path) -> None:
+    """As Ubuntu's do unasked: its headers define `read` and `pread` already."""
+    try:
+        assert compiled(tmp_path, "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2").is_file()
+    except NoShim as reason:
+        pytest.skip(str(reason))

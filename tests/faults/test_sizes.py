@@ -32,6 +32,9 @@ from stages.training.step import STEPS
 from tests.faults.conftest import Count, Measured
 from tests.stages.project import MAKING, Project, edit, listing, new_project
 
+# All in one process: what one test makes in minutes the others use.
+pytestmark = pytest.mark.xdist_group("sizes")
+
 PICTURES = 100_000
 CHECKPOINTS = 1_000
 # From the end of the first stage.
