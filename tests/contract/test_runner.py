@@ -389,9 +389,9 @@ def test_dataset_that_is_no_folder_is_an_error_of_the_configuration(tmp_path: Pa
 
 
 def test_relative_dataset_starts_from_the_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert toy_job(tmp_path).dataset == tmp_path
+    monkeypatch.chdir(tmp_path.parent)
+    apart = tmp_path.with_name("apart")
+    assert replace(toy_job(tmp_path), store=apart, runs=apart).dataset == tmp_path
 
 
 def test_stages_are_found_by_name() -> None:
