@@ -12,7 +12,7 @@ import msgspec
 
 from schemas import results
 from schemas.base import UNREADABLE
-from schemas.errors import BadConfig, NoResources
+from schemas.errors import BadConfig, Damaged, Fault, NoResources
 from schemas.run import Model
 from stages.contract.digests import canonical_json, unknown
 from stages.contract.job import Job
@@ -53,10 +53,13 @@ def drawing_model_of(job: Job) -> ModelFiles:
     if source is None:
         return model
     spec = Model(source=source)
-    if job.look_only:
-        sibling = _looked_at(job, spec)
-    else:
-        sibling = open_model(spec, job.base, lambda name: _built_in(job, name))
+    try:
+        if job.look_only:
+            sibling = _looked_at(job, spec)
+        else:
+            sibling = open_model(spec, job.base, lambda name: _built_in(job, name))
+    except (BadConfig, Damaged, NoResources) as error:
+        raise type(error).of(_of_sibling(fault) for fault in error.faults) from error
     if sibling.variant.transformer != model.variant.transformer or not sibling.variant.distilled:
         found = f"{sibling.variant.name}, {'distilled' if sibling.variant.distilled else 'not distilled'}"
         raise BadConfig(
@@ -67,6 +70,17 @@ def drawing_model_of(job: Job) -> ModelFiles:
             fix="name the distilled sibling of model.source, or leave out preview.distilled",
         )
     return sibling
+
+
+def _of_sibling(fault: Fault) -> Fault:
+    """Return a fault of the distilled model in its own words: a remedy for [model] would have another one trained."""
+    there = "name a folder in the layout of diffusers, or a hub id, as preview.distilled"
+    return msgspec.structs.replace(
+        fault,
+        what=fault.what.replace("model.source", "preview.distilled"),
+        where=fault.where.replace("model.source", "preview.distilled"),
+        fix=there if "model." in fault.fix else fault.fix,
+    )
 
 
 def quantization(job: Job) -> dict[str, str]:

@@ -162,6 +162,25 @@ def test_model_that_is_no_distilled_sibling_is_refused(own_model: Project) -> No
     assert (refused.code, refused.error) == (2, "preview.not_a_sibling")
 
 
+@pytest.mark.parametrize(
+    ("source", "code", "error"),
+    [
+        ("file.safetensors", 2, "model.source"),
+        ("nowhere", 2, "model.unknown"),
+        ("../nowhere", 7, "model.absent"),
+        ("pictures", 4, "model.missing"),
+    ],
+)
+def test_what_is_wrong_with_the_sibling_is_said_of_it_and_not_of_the_model(
+    project: Project, source: str, code: int, error: str
+) -> None:
+    (project.root / "file.safetensors").touch()
+    refused = project.run("preview", sets=(f'preview.distilled="{source}"',))
+    assert (refused.code, refused.error) == (code, error)
+    assert "fix: name a folder in the layout of diffusers" in refused.stderr
+    assert "model.source" not in refused.stderr.replace("error[model.source]", "")
+
+
 def test_same_prompt_twice_is_drawn_once(project: Project) -> None:
     sets = ('preview.prompts=["a red zorb", "a red zorb"]', "preview.size=48")
     ran = project.make("encode-text", "preview", sets=sets)["preview"]
