@@ -323,6 +323,8 @@ def main() -> None:
     """Be the `flux2-lora` program."""
     steady()
     sys.excepthook = _bug
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Who lets everybody write has not thought of it: what anyone can change, nobody could believe.
     if (mask := os.umask(0o022)) & stat.S_IWOTH:
         os.umask(mask)
