@@ -42,7 +42,11 @@ def workspace(store: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def beside(target: Path) -> Generator[Path]:
-    """Yield a fresh folder as `workspace` does, for a `target` that lies in no store; on its filesystem."""
+    """Yield a fresh folder as `workspace` does, for a `target` that lies in no store; on its filesystem.
+
+    Raises BadConfig where a symlink stands: it would be replaced, and what it leads to stay as it is.
+    """
+    refuse_link(target)
     target = target.absolute()
     base = sibling(target)
     with no_resources(base):

@@ -246,6 +246,22 @@ def test_nothing_that_is_there_is_overwritten(untrained: Project, tmp_path: Path
     assert contents(tmp_path / "far") == {"mine.txt": b"mine"}
 
 
+@pytest.mark.parametrize("command_line", [("bundle", "there"), ("bundle", "there.zip"), ("unbundle", "there")])
+def test_link_in_the_way_stays_and_is_told(untrained: Project, tmp_path: Path, command_line: tuple[str, str]) -> None:
+    name, output = command_line[0], tmp_path / command_line[1]
+    bundle, elsewhere = pack(untrained, "whole.zip"), tmp_path / "elsewhere"
+    elsewhere.mkdir() if output.suffix == "" else elsewhere.touch()
+    output.symlink_to(elsewhere)
+    if name == "bundle":
+        ran = untrained.run("bundle", "--output", str(output))
+        assert (ran.code, ran.error) == (2, "output.symlink")
+    else:
+        code, said = unpack(bundle, output)
+        assert (code, "error[output.symlink]" in said) == (2, True)
+    assert output.is_symlink()
+    assert not elsewhere.is_dir() or not list(elsewhere.iterdir())
+
+
 def test_what_a_death_after_the_rename_left_goes_with_the_next_command(untrained: Project, tmp_path: Path) -> None:
     bundle = pack(untrained)
     assert unpack(bundle, tmp_path / "far")[0] == 0
