@@ -37,6 +37,7 @@ MOST_LIST_BYTES = 64 << 20
 # The earliest date a zip can hold.
 DATE = (1980, 1, 1, 0, 0, 0)
 HEADER_BYTES = 30
+MAGIC = b"PK\x03\x04"
 # From which share of the limit on zipfile adds a zip64 field, not knowing how much will be written.
 ZIP64_SHARE = 1.05
 
@@ -194,6 +195,8 @@ def _next(file: BinaryIO, name: str, size: int | None, path: Path) -> bytes:
     """Return the member that must come next; without `size`, one of bearable size that its header gives."""
     info = _info(name)
     head = file.read(HEADER_BYTES)
+    if not head.startswith(MAGIC):
+        raise _damaged("bundle.member", f"expected {name} next", path, "this is no bundle, or it was changed")
     if size is None:
         size = int.from_bytes(head[22:26], "little")
         if size > MOST_LIST_BYTES:

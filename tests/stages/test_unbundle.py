@@ -209,6 +209,9 @@ def test_every_cut_and_every_flipped_bit_is_refused_or_changes_nothing(untrained
         assert refused(data[:place]), place
     assert refused(b"x" + data)
     assert refused(b"PK\x03\x04" + bytes(26))
+    wrong.write_text("[run]\nname = 'a text that is long enough to pass for a header'\n")
+    code, said = unpack(wrong, tmp_path / "far")
+    assert (code, "this is no bundle" in said) == (4, True)
 
 
 def test_bomb_and_a_million_entries_are_refused_at_once(tmp_path: Path) -> None:
