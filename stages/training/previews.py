@@ -14,13 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from schemas import results
-from schemas.errors import GIVEN, Damaged
+from schemas.errors import GIVEN, Damaged, Diverged
 from schemas.tables import EMBEDDING_INDEX
 from stages.console.charts import contact_sheet, grid, save_png
 from stages.contract.artifacts import holder, restore_file
 from stages.contract.digests import digest_of, sha256_bytes
 from stages.contract.job import Job
-from stages.contract.publish import publish_file, workspace
+from stages.contract.publish import publish_file, read_regular, workspace
 from stages.contract.runner import upstream
 from stages.dataset.captions import prompt_with_trigger
 from stages.flux2.autoencoder import Autoencoder
@@ -145,7 +145,7 @@ class Painter:
     def _picture(
         self, transformer: Transformer, prompt: EmbeddingRow, on_step: Callable[[int], None] | None
     ) -> np.ndarray:
-        """Return one picture [H, W, 3] uint8."""
+        """Return one picture [H, W, 3] uint8. Raises Diverged when its numbers are not finite."""
         scene = self._scene
         side = scene.size // 16
         noise = initial_noise(scene.seed, transformer.config.in_channels, side, side)
@@ -153,7 +153,12 @@ class Painter:
         latent = sample(transformer, noise, self._embedding(prompt), empty, scene.sampling, on_step)
         decoded = self._decoder().decode(latent)[0].transpose(1, 2, 0)
         picture = mx.round(mx.clip(decoded / 2 + 0.5, 0.0, 1.0) * 255).astype(mx.uint8)
-        mx.eval(picture)
+        if not mx.isfinite(decoded).all().item():
+            raise Diverged(
+                "preview.not_finite",
+                "the model draws no picture: its numbers are infinite or undefined",
+                fix="train with a lower train.learning_rate; if it is so without a LoRA, the model is damaged",
+            )
         return np.array(picture)
 
     def _embedding(self, row: EmbeddingRow) -> mx.array:
@@ -191,7 +196,7 @@ def find_picture(stores: Sequence[Path], key: str) -> Path | None:
 
     path = holder(picture_name(key), stores) / picture_name(key)
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         with Image.open(BytesIO(data), formats=("PNG",)) as picture:
             picture.load()
             carried, pixels = picture.info, picture.tobytes()

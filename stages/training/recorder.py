@@ -11,7 +11,7 @@ import mlx.core as mx
 import msgspec
 
 from schemas import results
-from schemas.errors import Damaged, NoResources
+from schemas.errors import Damaged, Diverged, NoResources
 from schemas.version import VERSION
 from stages.console.charts import training_curves
 from stages.console.progress import Measures, Progress
@@ -162,7 +162,7 @@ class Recorder:
             try:
                 with no_resources(self._job.run_folder):
                     self._draw(lora, step, digest)
-            except (Damaged, NoResources) as error:
+            except (Damaged, Diverged, NoResources) as error:
                 # A picture is not worth a training: the preview stage draws what is missing, or says what is wrong.
                 self._job.warn(f"no pictures of step {step}, training goes on: {error.faults[0].line()}")
         if settings.rotation is not None:

@@ -173,17 +173,19 @@ def test_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
 
 
 def test_training_that_was_stopped_has_a_page(untrained: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(untrained.config, "steps = 4", "steps = 8")
     with monkeypatch.context() as patch:
-        stop_after(2, signal.SIGTERM, patch)
+        # The pictures of the step it is stopped at are left to preview.
+        stop_after(3, signal.SIGTERM, patch)
         assert untrained.run("train").code == 143
     ran = report(untrained)
     page = read(ran)
-    assert f"Training is not finished: step {last_step(untrained)} of 4." in "".join(remarks(page))
+    assert f"Training is not finished: step {last_step(untrained)} of 8." in "".join(remarks(page))
     assert page.one("figcaption", "prompt").text == "a red zorb"
     assert page.one("div", "control").attributes["data-steps"] == "0 2"
     assert ["train.rank", "4", "16"] in [each.pieces for each in page.all("tr")]
     with hold(untrained.results / ".control.lock", wait=False, waiting=print):
-        assert f"Training is under way: step {last_step(untrained)} of 4." in "".join(
+        assert f"Training is under way: step {last_step(untrained)} of 8." in "".join(
             remarks(read(report(untrained)))
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from schemas.errors import Damaged
+from schemas.errors import Damaged, Diverged
 from schemas.run import Model
 from stages.flux2.autoencoder import Autoencoder
 from stages.flux2.folder import open_model
@@ -203,7 +204,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("harm", [Path.unlink, cut, damage_pixels, swap, Path.touch])
+def pipe(path: Path) -> None:
+    """Put there what waits for a writer when it is opened."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, cut, damage_pixels, swap, pipe, Path.touch])
 def test_only_whole_pictures_of_that_name_are_found(
     tmp_path: Path, scene: Scene, models: Models, harm: Callable[[Path], None]
 ) -> None:
@@ -215,6 +222,16 @@ def test_only_whole_pictures_of_that_name_are_found(
     assert len(drawing.missing(NO_LORA)) == (0 if harm is Path.touch else 1)
     drawing.paint(None, NO_LORA)
     assert path.read_bytes() == before
+
+
+def test_picture_of_undefined_numbers_is_an_error_and_not_stored(
+    tmp_path: Path, scene: Scene, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Autoencoder.decode
+    monkeypatch.setattr(Autoencoder, "decode", lambda model, latent: decode(model, latent) * mx.nan)
+    with pytest.raises(Diverged, match=r"preview\.not_finite"):
+        painter(tmp_path, scene, models).paint(None, NO_LORA)
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_nothing_is_shown_in_the_place_of_a_damaged_picture(tmp_path: Path, scene: Scene, models: Models) -> None:
