@@ -1,4 +1,4 @@
-"""`python -m stages <command>`: the same program as `flux2-lora`."""
+"""The program: `flux2-lora <command>`, or `python -m stages <command>`."""
 
 import signal
 
@@ -8,4 +8,5 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 from stages.cli import main
 
-main()
+if __name__ == "__main__":
+    main()
