@@ -45,5 +45,6 @@ def test_failing_read_is_an_error_or_harmless(
         if ran.code != 0:
             bad += [f"{at}: {each}" for each in unhealed(bench, stage)]
     bads = len({each.partition(":")[0] for each in bad})
-    measured("Q5", f"{stage}, {name}: {len(tried) - bads} of {len(tried)} right (exit codes {ended})")
+    part = f", share {share + 1}" if shares > 1 else ""
+    measured("Q5", f"{stage}{part}, {name}: {len(tried) - bads} of {len(tried)} right (exit codes {ended})")
     assert bad == []
