@@ -14,6 +14,7 @@ from stages.flux2.backend import Backend
 from stages.flux2.identity import model_of
 from stages.flux2.load import transformer_formats
 from stages.flux2.variants import Variant
+from stages.training.checkpoints import FOLDER
 from stages.training.data import TrainingData
 from stages.training.memory import Demand, Device, Packed, Sizes, device_bytes, require, sizes
 from stages.training.timesteps import window
@@ -117,6 +118,9 @@ def require_disk(job: Job, need_bytes: tuple[int, int]) -> None:
         with no_resources(place):
             make_folder(place)
             require_writable(place)
+    checkpoints = job.store / FOLDER
+    with no_resources(checkpoints):
+        require_writable(checkpoints)
     shared = disk_of(job.store) == disk_of(job.run_folder)
     wanted = [(job.store, sum(need_bytes))] if shared else list(zip(places, need_bytes, strict=True))
     for place, need in wanted:

@@ -77,8 +77,10 @@ def test_need_beyond_what_is_free_is_refused_with_both_numbers(tmp_path: Path) -
     assert "train.rotation.keep_last" in fault.fix
 
 
-def test_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("")
+@pytest.mark.parametrize("place", ["runs", "store", "store/checkpoints"])
+def test_place_that_is_a_file_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("")
     with pytest.raises(NoResources) as refused:
         require_disk(job(tmp_path), (0, 0))
     assert refused.value.faults[0].code == "disk.in_the_way"
