@@ -19,8 +19,8 @@ from stages.training.data import TrainingData
 from stages.training.memory import Demand, Device, Packed, Sizes, device_bytes, require, sizes
 from stages.training.timesteps import window
 
-# Of metrics per step; every checkpoint holds those of all steps before it.
-LINE_BYTES = 160
+# Of metrics per step, all parts of a loss among them; every checkpoint holds those of all steps before it.
+LINE_BYTES = 240
 
 
 def preflight(job: Job, data: TrainingData, backend: Backend, steps_done: int) -> None:

@@ -23,7 +23,7 @@ from stages.training.preflight import beyond_the_end, needs, require_disk
 
 SIZES = Sizes(state=3000, factors=1000, file=500)
 TRAIN = Train(steps=1000, checkpoint_every=100)
-STEPS_BYTES = 160 * 1000
+STEPS_BYTES = 240 * 1000
 
 
 def job(folder: Path) -> Job:
@@ -52,7 +52,7 @@ def job(folder: Path) -> Job:
 )
 def test_checkpoints_to_come_are_counted(changes: dict[str, object], done: int, count: int) -> None:
     settings = msgspec.structs.replace(TRAIN, **changes)
-    each = 3000 + 500 + 160 * settings.steps
+    each = 3000 + 500 + 240 * settings.steps
     assert needs(settings, SIZES, done) == (count * each + 500, count * 500 + 500)
 
 
