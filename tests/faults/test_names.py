@@ -214,9 +214,17 @@ def test_name_of_255_bytes_works_and_a_path_too_long_is_an_error(project: Projec
     assert (ran.code, ran.error) == (2, "dataset.class_folder")
 
 
-@pytest.mark.parametrize("name", ["train.json", "validate.json", "metrics.jsonl", "verify.json"])
-def test_pipe_where_a_result_lies_keeps_nobody_waiting(project: Project, name: str) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A finished training; only to be copied."""
+    project = new_project(tmp_path_factory.mktemp("trained") / "project")
     project.make("validate", "encode-latents", "encode-text", "train")
+    return project
+
+
+@pytest.mark.parametrize("name", ["train.json", "validate.json", "metrics.jsonl", "verify.json"])
+def test_pipe_where_a_result_lies_keeps_nobody_waiting(trained: Project, tmp_path: Path, name: str) -> None:
+    project = trained.copy(tmp_path / "project")
     (project.results / name).unlink(missing_ok=True)
     os.mkfifo(project.results / name)
     places = ("--store", str(project.store), "--runs", str(project.root / "runs"))

@@ -50,7 +50,7 @@ def test_stage_that_fails_ends_the_run_with_its_fault_and_exit_code(project: Pro
     assert "encode-latents" not in ran.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.full)])
 def test_stage_that_the_system_ends_has_a_remedy_and_goes_on(
     project: Project, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
