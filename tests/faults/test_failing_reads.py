@@ -35,7 +35,7 @@ def test_failing_read_is_an_error_or_harmless(
     points = [call.number for call in distinct(calls(bench.ran[stage].log, "r")) if call.operation == "read"]
     bad: list[str] = []
     shares = SHARES.get(stage, 1)
-    tried, ended = chosen(points, count, max(shares, 3))[share::shares], dict[int, int]()
+    tried, ended = chosen(points, count, shares)[share::shares], dict[int, int]()
     for at in tried:
         bench.put(bench.before(stage))
         fault = Fault(side="read", at=at, mode=READ_FAULTS[name], errno=errno.EIO, operation="read")
